@@ -1,0 +1,336 @@
+"""Time ten rounds of batch prediction by a multiprocessing.Pool with one worker, and one batch, per physical core.
+
+The multiprocessing side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
+multiprocessing". A pool's function is stateless: every call loads the model and the data again. With --initializer
+each worker loads them once, which the article names as the way out in some cases and shows no code for.
+
+Differences from the article:
+- workers pin themselves to the physical cores that this process may use, with all their threads;
+- the data comes from a file, never from the network;
+- with --initializer, the workers have loaded and answered one batch before the clock starts;
+- a worker that dies ends the script, where pool.map would wait for ever;
+- every answer is checked, and every trial is recorded with what is needed to judge it.
+
+    python train_model.py                            # once
+    python bench_multiprocessing.py                  # five trials of ten rounds; loads in every call
+    python bench_multiprocessing.py --initializer    # the same; loads once
+
+Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
+"""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+
+# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # It warns of tracing in every call, which is what is measured.
+
+# snippet: start
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+filename = "/tmp/model.keras"
+datafile = "/tmp/mnist.npz"
+predict_on_batch = False  # True: one call on float32 images instead of Keras's loop over batches of 32
+
+
+def evaluate_next_batch(core):
+    # A call can rely on nothing that an earlier one left: it pins its process, and loads the model and the data.
+    pin(core)
+    model, x_test = load()
+    return predict(model, x_test)
+
+
+def initialize(queue):
+    # Where all workers set up alike, Pool(num_cpus, initialize, (queue,)) can do it once in each worker instead.
+    global model, x_test
+    pin(queue.get())
+    model, x_test = load()
+    predict(model, x_test)
+
+
+def evaluate_next_batch_initialized(core):
+    return predict(model, x_test)
+
+
+def one_round(pool, cores, function):
+    return pool.map(function, cores)
+
+
+def benchmark():
+    import keras  # noqa: F401 - In the parent, so that forked workers need not import it themselves.
+
+    cores = physical_cores()
+    num_cpus = len(cores)
+    with multiprocessing.Pool(num_cpus) as pool:
+        for _ in range(10):
+            results = one_round(pool, cores, evaluate_next_batch)
+    return results
+
+
+def load():
+    """Load from disk what a worker needs: the model, and the test images (10000, 28, 28) scaled to 0..1."""
+    import tensorflow as tf  # Not at the top: a wrong argument or a missing file must not wait four seconds for it.
+
+    model = tf.keras.models.load_model(filename)
+    mnist = load_data()
+    x_test = mnist[1][0] / 255.0
+    return model, x_test.astype("float32") if predict_on_batch else x_test
+
+
+def load_data():
+    """Read all four arrays, as tf.keras.datasets.mnist.load_data() does once it has downloaded them."""
+    with np.load(datafile) as file:
+        return (file["x_train"], file["y_train"]), (file["x_test"], file["y_test"])
+
+
+def predict(model, x_test):
+    """Return the class probabilities of all images: (10000, 10), float32."""
+    return model.predict_on_batch(x_test) if predict_on_batch else model.predict(x_test, verbose=0)
+
+
+def pin(core):
+    """Move this process to one core with all its threads: those that TensorFlow has started would stay behind."""
+    if sys.platform == "linux":
+        for thread in psutil.Process().threads():
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+                psutil.Process(thread.id).cpu_affinity([core])
+
+
+def physical_cores():
+    """Return one CPU for each physical core that this process may use, sorted; no more than a container's quota."""
+    if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
+        return list(range(psutil.cpu_count(logical=False) or 1))
+    allowed = sorted(psutil.Process().cpu_affinity(), reverse=True)
+    cores = sorted({core_of(cpu): cpu for cpu in allowed}.values())
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores[: max(1, int(quota) // int(period))]
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores
+
+
+def core_of(cpu):
+    """Return what is the same for all CPUs (hyper-threads) of a physical core, and for them alone."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return cpu  # Topology unknown: every CPU counts as a core.
+
+
+# snippet: end
+
+ACCURACY_FLOOR = 0.9  # on the test images; below it, model or data is not what it should be
+MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"  # of the file that Keras downloads
+
+
+def parse_arguments(cores, *flags):
+    """Parse the flags that all bench scripts share, and this one's own. Exit with status 2 if they are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in each trial; default %(default)s")
+    parser.add_argument(
+        "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
+    )
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
+    parser.add_argument("--model", default=filename, help="default %(default)s")
+    parser.add_argument("--data", default=datafile, help="default %(default)s")
+    parser.add_argument("--output", default="results.jsonl", help="file to append records to; default %(default)s")
+    for name, options in flags:
+        parser.add_argument(name, **options)
+    arguments = parser.parse_args()
+    if min(arguments.trials, arguments.rounds) < 1:
+        parser.error("--trials and --rounds must be at least 1")
+    return arguments
+
+
+def check_files(output):
+    """Return the test labels (10000,). Exit 1 with a message if a file is wrong, as far as shows without TensorFlow."""
+    try:
+        if not zipfile.is_zipfile(filename):
+            raise ValueError(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}")
+        arrays = [array for part in load_data() for array in part]
+        shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
+        if [array.shape for array in arrays] != shapes or {array.dtype for array in arrays} != {np.dtype(np.uint8)}:
+            raise ValueError(f"{datafile} doesn't hold 60000 and 10000 images of 28x28 and their labels, all uint8")
+    except Exception as error:  # A hostile file can raise anything.
+        sys.exit(f"{error}: run python train_model.py, or name other files with --model and --data")
+    try:
+        with open(output, "ab"):
+            if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
+                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
+    except OSError as error:
+        sys.exit(f"cannot append to {output}: {error.strerror}; name another file with --output")
+    return arrays[3]
+
+
+def describe():
+    """Return what all records of this run say of the files, the machine and the versions."""
+    model, data = (hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (filename, datafile))
+    kind = "stand-in" if "stand_in.npy" in zipfile.ZipFile(datafile).namelist() else "other"
+    cpu = platform.processor()
+    with contextlib.suppress(OSError, IndexError):
+        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    host = {"name": platform.node(), "cpu": cpu, "platform": platform.platform(), "load": os.getloadavg()[0]}
+    host |= {"physical_cores": psutil.cpu_count(logical=False), "logical_cpus": psutil.cpu_count()}
+    host |= {"memory_bytes": psutil.virtual_memory().total}
+    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
+    versions["python"] = platform.python_version()
+    record = {"model": model, "data": "mnist" if data == MNIST_SHA256 else kind, "host": host, "versions": versions}
+    return record | {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000, "nodes": 1}
+
+
+def usage():
+    """Return the CPU seconds used so far, and the unique memory in bytes, of this process and all its descendants."""
+    seconds = memory = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # It has just ended.
+            seconds += sum(process.cpu_times()[:2])  # user and system
+            memory += process.memory_full_info().uss
+    return seconds, memory
+
+
+def run_trials(arguments, record, labels, one_round, workers):
+    """Time, check, record and print the trials. Exit 1 if an answer is wrong: that trial is not recorded.
+
+    `record`: the fields that all trials share; `labels`: the right answers (10000,); `one_round()` returns an array of
+    class probabilities (10000, 10) for each core; `workers()` returns the process ids of the workers.
+    """
+    record |= {"run": f"{os.getpid()}-{time.time_ns()}", "setup_seconds": time.perf_counter() - STARTED}
+    seconds = []
+    for trial in range(arguments.trials):
+        before, (cpu_before, _), round_seconds, answers = workers(), usage(), [], set()
+        for number in range(arguments.rounds):
+            progress = f"\rtrial {trial + 1} of {arguments.trials}, round {number + 1} of {arguments.rounds} "
+            print(progress, end="", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            results = one_round()
+            round_seconds.append(time.perf_counter() - start)
+            answers.update(np.argmax(result, axis=1).astype(np.uint8).tobytes() for result in results)
+        (cpu_after, memory), restarts = usage(), len(set(workers()) - set(before))
+        accuracy = np.mean(np.frombuffer(max(answers), np.uint8) == labels)
+        if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
+            found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
+            sys.exit(f"\nwrong answers: {found}; the trial is not recorded. Run python train_model.py")
+        seconds.append(sum(round_seconds))
+        now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
+        result = {"trial": trial, "time": now, "seconds": seconds[-1], "round_seconds": round_seconds}
+        result |= {"cpu_seconds": cpu_after - cpu_before, "memory_bytes": memory, "restarts": restarts}
+        append(result | {"accuracy": accuracy, "predictions": digest} | record, arguments.output)
+        restarted = f", {restarts} restarted" if restarts else ""
+        print(f"\rtrial {trial + 1}: {seconds[-1]:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
+    spread = f"{statistics.stdev(seconds):.3f} s" if len(seconds) > 1 else "unknown"
+    counts = f"{len(seconds)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
+    print(f"mean {statistics.mean(seconds):.3f} s, standard deviation {spread} ({counts}); ", end="")
+    print(f"set-up {record['setup_seconds']:.1f} s, not timed")
+
+
+def append(record, output):
+    """Append the record as a line of JSON in one write; begin a new line if the last one was torn."""
+    with open(output, "ab+", buffering=0) as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def filter_chatter():
+    """Send what C++ writes to stderr through grep, less TensorFlow's first lines, which no variable silences."""
+    sys.stderr = open(os.dup(2), "w")
+    chatter = "^(WARNING: All log messages before absl|I0000 |E0000 .* cuInit|To enable the following)"
+    grep = ["grep", "--line-buffered", "-vE", chatter]
+    pipe = subprocess.Popen(grep, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True).stdin
+    os.dup2(pipe.fileno(), 2)
+    pipe.close()
+
+
+def work(settings, initializer, queue, status):
+    """Start a worker of the pool: settings (a spawned process has only the defaults), then the initializer, if any."""
+    import keras  # noqa: F401 - A call loads the model and the data; the library belongs to the set-up.
+
+    globals().update(settings)
+    try:
+        initializer and initializer(queue)
+        status.put(None)
+    except Exception as error:  # Raised here, it would end the worker, and the pool would start another, for ever.
+        status.put(str(error))
+
+
+def watch(workers):
+    """Wait until a worker dies, then end the script: pool.map would wait for ever (CPython issue 96062)."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    if threading.main_thread().is_alive():  # Otherwise the script is at its end and has terminated the pool.
+        dead = next(worker for worker in workers if worker.exitcode is not None)
+        code = dead.exitcode
+        cause = f"signal {signal.Signals(-code).name}: out of memory?" if code < 0 else f"exit status {code}"
+        print(f"\n{dead.name} (process {dead.pid}) died: {cause}; the finished trials are kept", file=sys.stderr)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(1)
+
+
+def main():
+    global filename, datafile, predict_on_batch, pool  # The pool must outlive this function: see watch().
+    cores = physical_cores()
+    once = {"action": "store_true", "help": "load model and data once in each worker, not in every call"}
+    method = {"choices": multiprocessing.get_all_start_methods(), "help": "of the workers; default: the platform's"}
+    arguments = parse_arguments(cores, ("--initializer", once), ("--start-method", method))
+    filename, datafile, predict_on_batch = arguments.model, arguments.data, arguments.predict_on_batch
+    cores = cores[: arguments.num_cpus]
+    labels = check_files(arguments.output)
+    multiprocessing.set_start_method(arguments.start_method)
+    record = describe() | {"approach": "multiprocessing" + "+initializer" * arguments.initializer, "cores": cores}
+    record |= {"num_cpus": len(cores), "pinned": sys.platform == "linux"}
+    record["start_method"] = multiprocessing.get_start_method()
+    print(
+        f"{record['approach']}: {record['predict']} on {record['data']} data, {len(cores)} cores: {cores}", flush=True
+    )
+    filter_chatter()
+    if record["start_method"] == "fork":
+        import keras  # noqa: F401 - Here, so that the workers inherit it.
+    queue, status = multiprocessing.SimpleQueue(), multiprocessing.SimpleQueue()
+    for core in cores:
+        queue.put(core)
+    settings = {"filename": filename, "datafile": datafile, "predict_on_batch": predict_on_batch}
+    function = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
+    initializer = initialize if arguments.initializer else None
+    pool = multiprocessing.Pool(len(cores), work, (settings, initializer, queue, status))
+    workers = multiprocessing.active_children()
+    threading.Thread(target=watch, args=(workers,), daemon=True).start()
+    problems = [status.get() for _ in cores]
+    if any(problems):
+        sys.exit(f"{problems[0]}")
+    run_trials(arguments, record, labels, lambda: one_round(pool, cores, function), lambda: [w.pid for w in workers])
+
+
+benchmark = main  # Here the guard starts the harness; in the pasted snippet, benchmark() above.
+
+# snippet: start
+if __name__ == "__main__":
+    benchmark()
+# snippet: end
