@@ -44,6 +44,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # see watch()
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # It warns of tracing in every call, which is what is measured.
 
 # snippet: start
@@ -283,15 +284,16 @@ def work(settings, initializer, queue, status):
 
 def watch(workers):
     """Wait until a worker dies, then end the script: pool.map would wait for ever (CPython issue 96062)."""
-    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    sentinels = multiprocessing.connection.wait([worker.sentinel for worker in workers])
     if threading.main_thread().is_alive():  # Otherwise the script is at its end and has terminated the pool.
-        dead = next(worker for worker in workers if worker.exitcode is not None)
-        code = dead.exitcode
-        cause = f"signal {signal.Signals(-code).name}: out of memory?" if code < 0 else f"exit status {code}"
-        print(f"\n{dead.name} (process {dead.pid}) died: {cause}; the finished trials are kept", file=sys.stderr)
+        dead = next(worker for worker in workers if worker.sentinel in sentinels)
+        while dead.exitcode is None:  # The pool is looking, too, and one of the two is told.
+            time.sleep(0.01)
+        cause = signal.Signals(-dead.exitcode).name if dead.exitcode < 0 else f"exit status {dead.exitcode}"
+        print(f"\n{dead.name} (process {dead.pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()
-        os._exit(1)
+        os._exit(1)  # To terminate a broken pool in order can hang, too; only the resource tracker minds.
 
 
 def main():
