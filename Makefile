@@ -16,7 +16,7 @@ FLAGS   ?=
 RUN      = .venv/bin/python
 CORES   ?= $$($(RUN) -c 'import bench_serial; print(len(bench_serial.physical_cores()))')
 SWEEP    = $$($(RUN) -c 'import bench_serial; n = len(bench_serial.physical_cores()); \
-	print(*sorted({n} | {2**i for i in range(n.bit_length())}))')
+	print(*sorted({n} | {2**i for i in range(n.bit_length())}), sep=",")')
 
 all: measure analyze
 

@@ -261,6 +261,8 @@ def filter_chatter():
 
 def work(settings, initializer, queue, status):
     """Start a worker of the pool: settings (a spawned process has only the defaults), then the initializer, if any."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and they must end wherever they are.
     import keras  # noqa: F401 - A call loads the model and the data; the library belongs to the set-up.
 
     globals().update(settings)
