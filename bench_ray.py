@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -44,6 +45,11 @@ for number in (signal.SIGINT, signal.SIGTERM):
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
+# A private Ray then listens on loopback alone, as on macOS and Windows, for which Ray has this switch.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Ray would print on stdout that an actor died, which the trial's line and record say, and errors a second time.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^(A worker died|Task .* failed)")
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 # snippet: start
 import contextlib
@@ -133,6 +139,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ACCURACY_FLOOR = 0.9  # on the test images; below it, model or data is not what it should be
 MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"  # of the file that Keras downloads
+NO_ANSWER = "an actor may find no free CPU (see ray status)"
+REMEDY = "run python train_model.py, or name another file with --model or --data"
 
 
 def parse_arguments(cores, *flags):
@@ -157,21 +165,18 @@ def parse_arguments(cores, *flags):
 
 def check_files(output):
     """Return the test labels (10000,). Exit 1 with a message if a file is wrong, as far as shows without TensorFlow."""
+    if not zipfile.is_zipfile(filename):
+        sys.exit(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}: {REMEDY}")
     try:
-        if not zipfile.is_zipfile(filename):
-            raise ValueError(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}")
         arrays = [array for part in load_data() for array in part]
         shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
         if [array.shape for array in arrays] != shapes or {array.dtype for array in arrays} != {np.dtype(np.uint8)}:
-            raise ValueError(f"{datafile} doesn't hold 60000 and 10000 images of 28x28 and their labels, all uint8")
+            raise ValueError("it must hold 60000 and 10000 images of 28x28 and their labels, all uint8")
+        if max(arrays[1].max(), arrays[3].max()) > 9:
+            raise ValueError("a label is not in 0..9")
     except Exception as error:  # A hostile file can raise anything.
-        sys.exit(f"{error}: run python train_model.py, or name other files with --model and --data")
-    try:
-        with open(output, "ab"):
-            if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
-                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
-    except OSError as error:
-        sys.exit(f"cannot append to {output}: {error.strerror}; name another file with --output")
+        sys.exit(f"{datafile} can't be used: {error}: {REMEDY}")
+    append(b"", output)
     return arrays[3]
 
 
@@ -222,12 +227,13 @@ def run_trials(arguments, record, labels, one_round, workers):
         accuracy = np.mean(np.frombuffer(max(answers), np.uint8) == labels)
         if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
             found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
-            sys.exit(f"\nwrong answers: {found}; the trial is not recorded. Run python train_model.py")
+            sys.exit(f"\nwrong answers by {filename}, trial not recorded: {found}: {REMEDY}")
         seconds.append(sum(round_seconds))
         now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
         result = {"trial": trial, "time": now, "seconds": seconds[-1], "round_seconds": round_seconds}
         result |= {"cpu_seconds": cpu_after - cpu_before, "memory_bytes": memory, "restarts": restarts}
-        append(result | {"accuracy": accuracy, "predictions": digest} | record, arguments.output)
+        result |= {"accuracy": accuracy, "predictions": digest} | record
+        append(json.dumps(result).encode() + b"\n", arguments.output)
         restarted = f", {restarts} restarted" if restarts else ""
         print(f"\rtrial {trial + 1}: {seconds[-1]:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
     spread = f"{statistics.stdev(seconds):.3f} s" if len(seconds) > 1 else "unknown"
@@ -236,13 +242,18 @@ def run_trials(arguments, record, labels, one_round, workers):
     print(f"set-up {record['setup_seconds']:.1f} s, not timed")
 
 
-def append(record, output):
-    """Append the record as a line of JSON in one write; begin a new line if the last one was torn."""
-    with open(output, "ab+", buffering=0) as file:
-        file.seek(max(0, file.tell() - 1))
-        torn = file.read() not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-        os.fsync(file.fileno())
+def append(line, output):
+    """Append the line (bytes) in one write, after a newline if the last one was torn. Exit 1 if that fails."""
+    try:
+        with open(output, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
+            file.seek(max(0, file.tell() - 1))
+            line = b"\n" * (file.read() not in (b"", b"\n")) + line
+            if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
+            os.fsync(file.fileno())
+    except OSError as error:
+        sys.exit(f"\ncannot append to {output}: {error.strerror}; name another file with --output")
 
 
 def start_ray(address, num_cpus):
@@ -277,6 +288,11 @@ def locate(actors):
 
 def stop(number, frame):
     """Leave ray.get on a signal, which lets KeyboardInterrupt pass, but neither other exceptions nor its arguments."""
+    if number == signal.SIGALRM and stop.seconds_left:
+        print(f"\nno answer yet, waiting {stop.seconds_left} s more: {NO_ANSWER}", file=sys.stderr, flush=True)
+        signal.alarm(stop.seconds_left)
+        stop.seconds_left = 0
+        return
     stop.number = number
     raise KeyboardInterrupt
 
@@ -291,6 +307,8 @@ def main():
         sys.exit(f"{arguments.address} is no address for a driver: on a node of the cluster, use --address auto")
     if arguments.address != "local" and arguments.num_cpus:
         sys.exit("--num-cpus is for a private Ray: on a cluster every CPU gets an actor")
+    if not 0 < arguments.wait < 2**31:
+        sys.exit("--wait must be at least 1 second")
     filename, datafile = os.path.abspath(arguments.model), os.path.abspath(arguments.data)
     predict_on_batch = arguments.predict_on_batch
     labels = check_files(arguments.output)
@@ -303,7 +321,9 @@ def main():
         print(f"ray: {record['predict']} on {record['data']} data, {len(actors)} CPUs", flush=True)
 
         def bounded_round():
-            signal.alarm(arguments.wait)
+            patience = min(30, (arguments.wait + 1) // 2)
+            stop.seconds_left = arguments.wait - patience
+            signal.alarm(patience)
             return one_round(actors)
 
         bounded_round()
@@ -314,12 +334,13 @@ def main():
         run_trials(arguments, record, labels, bounded_round, lambda: locate(actors))
     except KeyboardInterrupt:
         if stop.number == signal.SIGALRM:
-            sys.exit(
-                f"\nno answer for {arguments.wait} s: an actor finds no free CPU (see ray status), or --wait is short"
-            )
+            sys.exit(f"\nno answer for {arguments.wait} s, giving up: {NO_ANSWER}, or --wait is too short")
         sys.exit(128 + stop.number)
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        sys.exit(f"\nRay: {str(error).strip().splitlines()[-1]} (model {filename}, data {datafile})")
+    except ConnectionError as error:
+        sys.exit(f"\nRay: {error}")
+    except Exception as error:
+        cause = getattr(error, "cause", None) or str(error).strip().rpartition("\n")[2]  # The rest is a traceback.
+        sys.exit(f"\n{cause}\n{filename} can't be used: {REMEDY}")
 
 
 if __name__ == "__main__":

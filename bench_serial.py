@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -101,6 +102,7 @@ def core_of(cpu):
 
 ACCURACY_FLOOR = 0.9  # on the test images; below it, model or data is not what it should be
 MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"  # of the file that Keras downloads
+REMEDY = "run python train_model.py, or name another file with --model or --data"
 
 
 def parse_arguments(cores, *flags):
@@ -125,21 +127,18 @@ def parse_arguments(cores, *flags):
 
 def check_files(output):
     """Return the test labels (10000,). Exit 1 with a message if a file is wrong, as far as shows without TensorFlow."""
+    if not zipfile.is_zipfile(filename):
+        sys.exit(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}: {REMEDY}")
     try:
-        if not zipfile.is_zipfile(filename):
-            raise ValueError(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}")
         arrays = [array for part in load_data() for array in part]
         shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
         if [array.shape for array in arrays] != shapes or {array.dtype for array in arrays} != {np.dtype(np.uint8)}:
-            raise ValueError(f"{datafile} doesn't hold 60000 and 10000 images of 28x28 and their labels, all uint8")
+            raise ValueError("it must hold 60000 and 10000 images of 28x28 and their labels, all uint8")
+        if max(arrays[1].max(), arrays[3].max()) > 9:
+            raise ValueError("a label is not in 0..9")
     except Exception as error:  # A hostile file can raise anything.
-        sys.exit(f"{error}: run python train_model.py, or name other files with --model and --data")
-    try:
-        with open(output, "ab"):
-            if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
-                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
-    except OSError as error:
-        sys.exit(f"cannot append to {output}: {error.strerror}; name another file with --output")
+        sys.exit(f"{datafile} can't be used: {error}: {REMEDY}")
+    append(b"", output)
     return arrays[3]
 
 
@@ -190,12 +189,13 @@ def run_trials(arguments, record, labels, one_round, workers):
         accuracy = np.mean(np.frombuffer(max(answers), np.uint8) == labels)
         if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
             found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
-            sys.exit(f"\nwrong answers: {found}; the trial is not recorded. Run python train_model.py")
+            sys.exit(f"\nwrong answers by {filename}, trial not recorded: {found}: {REMEDY}")
         seconds.append(sum(round_seconds))
         now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
         result = {"trial": trial, "time": now, "seconds": seconds[-1], "round_seconds": round_seconds}
         result |= {"cpu_seconds": cpu_after - cpu_before, "memory_bytes": memory, "restarts": restarts}
-        append(result | {"accuracy": accuracy, "predictions": digest} | record, arguments.output)
+        result |= {"accuracy": accuracy, "predictions": digest} | record
+        append(json.dumps(result).encode() + b"\n", arguments.output)
         restarted = f", {restarts} restarted" if restarts else ""
         print(f"\rtrial {trial + 1}: {seconds[-1]:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
     spread = f"{statistics.stdev(seconds):.3f} s" if len(seconds) > 1 else "unknown"
@@ -204,13 +204,18 @@ def run_trials(arguments, record, labels, one_round, workers):
     print(f"set-up {record['setup_seconds']:.1f} s, not timed")
 
 
-def append(record, output):
-    """Append the record as a line of JSON in one write; begin a new line if the last one was torn."""
-    with open(output, "ab+", buffering=0) as file:
-        file.seek(max(0, file.tell() - 1))
-        torn = file.read() not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-        os.fsync(file.fileno())
+def append(line, output):
+    """Append the line (bytes) in one write, after a newline if the last one was torn. Exit 1 if that fails."""
+    try:
+        with open(output, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
+            file.seek(max(0, file.tell() - 1))
+            line = b"\n" * (file.read() not in (b"", b"\n")) + line
+            if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
+            os.fsync(file.fileno())
+    except OSError as error:
+        sys.exit(f"\ncannot append to {output}: {error.strerror}; name another file with --output")
 
 
 def filter_chatter():
@@ -234,15 +239,17 @@ def main():
     record["start_method"] = None
     print(f"serial: {record['predict']} on {record['data']} data, {len(cores)} cores: {cores}", flush=True)
     filter_chatter()
-    if sys.platform == "linux":  # TensorFlow's threads inherit this.
+    if sys.platform == "linux":
         names = [core_of(core) for core in cores]
-        psutil.Process().cpu_affinity([cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in names])
+        cpus = [cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in names]
+        for thread in psutil.Process().threads():  # NumPy's are there; TensorFlow's will inherit this.
+            psutil.Process(thread.id).cpu_affinity(cpus)
     try:
         model, x_test = load()
         predict(model, x_test)
+        run_trials(arguments, record, labels, lambda: one_round(model, x_test, len(cores)), lambda: [os.getpid()])
     except Exception as error:
-        sys.exit(f"{filename} can't be used: {error}\nRun python train_model.py, or name another with --model")
-    run_trials(arguments, record, labels, lambda: one_round(model, x_test, len(cores)), lambda: [os.getpid()])
+        sys.exit(f"\n{error}\n{filename} can't be used: {REMEDY}")
 
 
 if __name__ == "__main__":

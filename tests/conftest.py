@@ -1,18 +1,118 @@
-"""What several test files share: where the scripts are, how to run one as a user does, and one trained model."""
+"""What several test files share: where the scripts are, how to run them as a user does, and one trained model."""
 
+import contextlib
+import importlib
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+APPROACHES = {
+    "serial": ["bench_serial.py"],
+    "multiprocessing": ["bench_multiprocessing.py"],
+    "multiprocessing+initializer": ["bench_multiprocessing.py", "--initializer"],
+    "ray": ["bench_ray.py"],
+}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # No packet leaves a test.
 
 
 def run(script, *arguments, timeout=100, **options):
     """Run a top-level script in a process of its own; return its exit status, stdout and stderr (text)."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def load(name):
+    """Import a bench script; the handlers of signals that it installs are taken out again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    module = importlib.import_module(name)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return module
+
+
+class Bench:
+    """A bench script that runs in an empty folder and in a process group of its own, as it does under a shell."""
+
+    def __init__(self, folder, trained, approach, *arguments, before=(), **environment):
+        """`before`: what stands before python on the command line. A variable that is None is taken out."""
+        self.out, self.err, self.results = (folder / name for name in ("out", "err", "results.jsonl"))
+        self.mark, self.seen = uuid.uuid4().hex, set()
+        script, *flags = APPROACHES[approach]
+        files = ["--model", trained[0], "--data", trained[1], "--output", self.results]
+        command = [*before, sys.executable, ROOT / script, *flags, *files, *arguments]
+        environment = os.environ | {"BENCH_MARK": self.mark} | environment
+        environment = {name: value for name, value in environment.items() if value is not None}
+        with open(self.out, "wb") as out, open(self.err, "wb") as err:
+            self.process = psutil.Popen(
+                list(map(str, command)), stdout=out, stderr=err, env=environment, cwd=folder, start_new_session=True
+            )
+
+    def wait_for(self, text, seconds=150):
+        """Wait until the script has printed the text, or a time that is never needed unless the machine is busy."""
+        end = time.monotonic() + seconds
+        while text not in self.out.read_text() + self.err.read_text():
+            assert self.process.poll() is None and time.monotonic() < end, (text, *self.finish(1))
+            time.sleep(0.02)
+
+    def finish(self, seconds=150):
+        """Wait for the end of the script; return its exit status (None if it goes on), its stdout and its stderr."""
+        with contextlib.suppress(psutil.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.process.poll(), self.out.read_text(), self.err.read_text()
+
+    def records(self):
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    def family(self):
+        """The processes that live and were started by the script, itself included, by what the kernel says of them."""
+        if self.process.poll() is None:
+            self.seen |= {self.process, *self.process.children(recursive=True)}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("BENCH_MARK") == self.mark:
+                    self.seen.add(process)
+        return [one for one in self.seen if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+    def left(self, seconds=10):
+        """What lives of the family so long after."""
+        end = time.monotonic() + seconds
+        while (living := self.family()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return living
+
+    def workers(self):
+        """The processes that have TensorFlow in their memory; with serial the script, in a pool all but the script."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                if any("libtensorflow" in part.path for part in process.memory_maps()):
+                    found.append(process)
+        return [process for process in found if process != self.process] or found
+
+
+@pytest.fixture(scope="module")
+def start(trained, tmp_path_factory):
+    """Start a Bench, with the trained model and the stand-in unless the arguments name others."""
+    begun = []
+
+    def start(*arguments, **options):
+        begun.append(Bench(tmp_path_factory.mktemp("bench"), trained, *arguments, **options))
+        return begun[-1]
+
+    yield start
+    for bench in begun:
+        for process in bench.family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,99 @@
+"""physical_cores() on machines that are not at hand: files in the place of /sys, and what psutil would say."""
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+from conftest import ROOT, load
+
+bench = load("bench_serial")  # test_scripts.py sees to it that the function is the same in all
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Make this a machine with such CPUs: {cpu: the siblings file's text, or None}, and a cgroup's cpu.max, if any."""
+
+    def machine(siblings, quota=None, allowed=None):
+        for cpu, text in siblings.items():
+            folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+            folder.mkdir(parents=True)
+            if text is not None:
+                (folder / "thread_siblings_list").write_text(text)
+        if quota is not None:
+            (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+            (tmp_path / "sys/fs/cgroup/cpu.max").write_text(quota)
+        monkeypatch.setattr(bench, "Path", lambda path: tmp_path / path.removeprefix("/"))
+        monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: list(allowed or siblings), raising=False)
+        return bench.physical_cores()
+
+    return machine
+
+
+ADJACENT = {cpu: f"{cpu - cpu % 2}-{cpu - cpu % 2 + 1}\n" for cpu in range(8)}  # 0 and 1 are a core's, 2 and 3, ...
+HALF_WAY = {cpu: f"{cpu % 4},{cpu % 4 + 4}\n" for cpu in range(8)}  # 0 and 4 are a core's, 1 and 5, ...
+PLAIN = {cpu: f"{cpu}\n" for cpu in range(4)}
+
+
+@pytest.mark.parametrize(
+    "siblings, allowed, cores",
+    [
+        (ADJACENT, None, [0, 2, 4, 6]),
+        (HALF_WAY, None, [0, 1, 2, 3]),
+        (ADJACENT, [3, 7, 6], [3, 6]),  # taskset or a cpuset: the CPUs that are allowed, in any order
+        (HALF_WAY, [1, 4, 5, 6], [1, 4, 6]),
+        (PLAIN, [2], [2]),
+        ({cpu: None for cpu in range(3)}, None, [0, 1, 2]),  # no topology, as in some containers
+        (ADJACENT | {6: None, 7: None}, None, [0, 2, 4, 6, 7]),  # in part
+        ({0: "0\n", 130: "130\n", 64: "64\n"}, None, [0, 64, 130]),
+    ],
+)
+def test_one_cpu_of_each_core_that_is_allowed(machine, siblings, allowed, cores):
+    assert machine(siblings, allowed=allowed) == cores
+
+
+@pytest.mark.parametrize("text", ["", "\n", "nonsense", "-1", "0-99999999999", "\0"])
+def test_nonsense_in_sysfs_never_raises_nor_leaves_no_core(machine, text):
+    found = machine({cpu: text for cpu in range(4)})
+    assert found and set(found) <= set(range(4))
+
+
+@pytest.mark.parametrize(
+    "quota, count",
+    [
+        ("max 100000\n", 4),
+        ("50000 100000\n", 1),  # half a core
+        ("100000 100000\n", 1),
+        ("250000 100000\n", 2),  # two and a half
+        ("400000 100000\n", 4),
+        ("6400000 100000\n", 4),  # more than there are
+        ("nonsense\n", 4),
+        ("", 4),
+    ],
+)
+def test_a_quota_limits_the_count(machine, quota, count):
+    assert machine(ADJACENT, quota) == [0, 2, 4, 6][:count]
+
+
+@pytest.mark.parametrize("counted, cores", [(6, [0, 1, 2, 3, 4, 5]), (1, [0]), (None, [0])])
+def test_without_affinity_the_machine_is_asked(monkeypatch, counted, cores):
+    monkeypatch.delattr(psutil.Process, "cpu_affinity", raising=False)  # macOS
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12 if logical else counted)
+    assert bench.physical_cores() == cores
+
+
+def test_the_real_machine_agrees_with_psutil():
+    cores = bench.physical_cores()
+    assert cores == sorted(set(cores)) and 1 <= len(cores) <= (psutil.cpu_count(logical=False) or psutil.cpu_count())
+    if sys.platform == "linux":
+        assert set(cores) <= os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="taskset is a program of Linux")
+def test_taskset_is_obeyed():
+    cpu = max(os.sched_getaffinity(0))
+    print_cores = "import bench_serial; print(bench_serial.physical_cores())"
+    command = ["taskset", "-c", str(cpu), sys.executable, "-c", print_cores]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"[{cpu}]\n", "")
