@@ -39,13 +39,14 @@ import zipfile
 
 STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
-# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on.
+# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
+# imports swallow exceptions).
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
-os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # see watch()
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")  # see end()
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # It warns of tracing in every call, which is what is measured.
 
 # snippet: start
@@ -246,7 +247,7 @@ def append(line, output):
     try:
         with open(output, "ab+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
-            file.seek(max(0, file.tell() - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             line = b"\n" * (file.read() not in (b"", b"\n")) + line
             if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
@@ -288,9 +289,14 @@ def watch(workers):
             time.sleep(0.01)
         cause = signal.Signals(-dead.exitcode).name if dead.exitcode < 0 else f"exit status {dead.exitcode}"
         print(f"\n{dead.name} (process {dead.pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        os._exit(1)  # To terminate a broken pool in order can hang, too; only the resource tracker minds.
+        end(1)
+
+
+def end(status):
+    """End the workers and the script at once: to terminate a pool in order can hang when a worker is dead already."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
 
 
 def main():
@@ -312,12 +318,16 @@ def main():
     filter_chatter()
     if record["start_method"] == "fork":
         import keras  # noqa: F401 - Here, so that the workers inherit it.
+    for number in (signal.SIGINT, signal.SIGTERM):  # From here on there are workers to end.
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     queue, status = multiprocessing.SimpleQueue(), multiprocessing.SimpleQueue()
     for core in cores:
         queue.put(core)
     settings = {"filename": filename, "datafile": datafile, "predict_on_batch": predict_on_batch}
     function = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
     initializer = initialize if arguments.initializer else None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: end(128 + number))
     pool = multiprocessing.Pool(len(cores), work, (settings, initializer, queue, status))
     workers = multiprocessing.active_children()
     threading.Thread(target=watch, args=(workers,), daemon=True).start()

@@ -32,6 +32,7 @@ import secrets
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,14 +40,18 @@ import zipfile
 
 STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
-# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on.
+# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
+# imports swallow exceptions).
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
 # A private Ray then listens on loopback alone, as on macOS and Windows, for which Ray has this switch.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put actors behind all else, unlike the pool's.
+# Two attempts of 40 s to reach a cluster that isn't there; Ray would make 20.
+os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 # Ray would print on stdout that an actor died, which the trial's line and record say, and errors a second time.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^(A worker died|Task .* failed)")
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -247,7 +252,7 @@ def append(line, output):
     try:
         with open(output, "ab+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
-            file.seek(max(0, file.tell() - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             line = b"\n" * (file.read() not in (b"", b"\n")) + line
             if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
@@ -263,6 +268,9 @@ def start_ray(address, num_cpus):
     if address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # Ray would write one to the home folder.
         ray.init(address, num_cpus=num_cpus, include_dashboard=False, **quiet)
+        # If this script is killed, two of Ray's processes would try for a minute to report that to the others.
+        last = ["sh", "-c", "read never; kill -9 $*", "sh", *(str(p.pid) for p in psutil.Process().children(True))]
+        subprocess.Popen(last, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     else:
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # `ray job submit --working-dir` has set one already.
         with tempfile.TemporaryDirectory() as folder:  # Ray carries it to each node, as the actors' working directory.
@@ -315,6 +323,11 @@ def main():
     record = describe() | {"approach": "ray", "start_method": None, "pinned": sys.platform == "linux"}
     try:
         start_ray(arguments.address, len(cores[: arguments.num_cpus]))
+    except SystemExit:  # Ray's answer to SIGTERM, with a status of its own
+        sys.exit(128 + signal.SIGTERM)
+    except Exception as error:  # ConnectionError, RuntimeError or ValueError
+        sys.exit(f"no Ray at {arguments.address}: {error}")
+    try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):  # Ray has just set its own.
             signal.signal(number, stop)
         actors = start_actors()
@@ -336,8 +349,6 @@ def main():
         if stop.number == signal.SIGALRM:
             sys.exit(f"\nno answer for {arguments.wait} s, giving up: {NO_ANSWER}, or --wait is too short")
         sys.exit(128 + stop.number)
-    except ConnectionError as error:
-        sys.exit(f"\nRay: {error}")
     except Exception as error:
         cause = getattr(error, "cause", None) or str(error).strip().rpartition("\n")[2]  # The rest is a traceback.
         sys.exit(f"\n{cause}\n{filename} can't be used: {REMEDY}")

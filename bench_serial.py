@@ -33,9 +33,10 @@ import zipfile
 
 STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
-# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on.
+# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
+# imports swallow exceptions).
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
@@ -209,7 +210,7 @@ def append(line, output):
     try:
         with open(output, "ab+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
-            file.seek(max(0, file.tell() - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             line = b"\n" * (file.read() not in (b"", b"\n")) + line
             if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")

@@ -1,0 +1,240 @@
+"""bench_ray.py on clusters: real raylets on this machine, each with folders of its own, as if it were a machine.
+
+The cluster, its files and its ports are the tests' own: another Ray on the machine does not notice it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from ipaddress import ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+LIMIT = 60  # seconds that bench_ray.py waits for a round, set-up included: four actors start on two busy cores
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster with one node of one CPU, and a dashboard, which takes jobs, on loopback."""
+    folder = tempfile.mkdtemp(dir="/tmp")  # A short path: sockets lie in it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster()
+        ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+        # Ray would need 15 s to see that a node is dead.
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+        cluster.add_node(num_cpus=1, include_dashboard=True, _system_config=quick, **ports)
+        yield cluster
+        cluster.shutdown()
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def added(cluster, num_cpus=1, cores=None):
+    """Add a node, which may use only these cores, and has a folder for its files; take it away at the end."""
+    allowed = os.sched_getaffinity(0)
+    folder = tempfile.mkdtemp(dir="/tmp")
+    os.sched_setaffinity(0, cores or allowed)  # Its processes inherit it.
+    try:
+        node = cluster.add_node(num_cpus=num_cpus, temp_dir=folder)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    try:
+        yield node
+    finally:
+        cluster.remove_node(node)
+        shutil.rmtree(folder)
+
+
+def raylet(node):
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def models(node):
+    """The actors' processes on the node."""
+    return [process for process in raylet(node).children() if process.cmdline()[0].startswith("ray::Model")]
+
+
+def cores_of(process):
+    """The sets of CPUs on which the kernel lets the threads of the process run."""
+    files = Path(f"/proc/{process.pid}/task").glob("*/status")
+    return {line.split()[1] for file in files for line in file.read_text().splitlines() if "Cpus_allowed_list" in line}
+
+
+def listening(processes):
+    """(name of the process, address, port) of each socket on which one of the processes listens."""
+    found = set()
+    for process in processes:
+        for socket in process.net_connections("inet"):
+            if socket.status == psutil.CONN_LISTEN:
+                address = ip_address(socket.laddr.ip)
+                address = getattr(address, "ipv4_mapped", None) or address
+                found.add((" ".join(process.cmdline())[:150], str(address), socket.laddr.port))
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(trained, tmp_path_factory):
+    """A function that copies model and data into a folder that can be deleted."""
+
+    def files():
+        folder = tmp_path_factory.mktemp("driver")
+        return [Path(shutil.copy(path, folder)) for path in trained]
+
+    return files
+
+
+@pytest.fixture(scope="module")
+def alone(start, cluster):
+    """The record of a run without --address, and what it left and listened on, while the cluster runs beside it."""
+    pointer = Path(os.environ["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    assert pointer.read_text() == cluster.address
+    before = {(process.pid, process.create_time()) for process in psutil.Process().children(recursive=True)}
+    bench = start("ray", "--predict-on-batch", "--trials", "1", RAY_ADDRESS=None)
+    bench.wait_for("round 2 of 10")
+    sockets = listening(bench.family())
+    status, out, err = bench.finish()
+    assert status == 0, err
+    after = {(process.pid, process.create_time()) for process in psutil.Process().children(recursive=True)}
+    [record] = bench.records()
+    return {
+        "record": record,
+        "sockets": sockets,
+        "left": bench.left(),
+        "unharmed": before <= after and pointer.read_text() == cluster.address and cluster.remaining_processes_alive(),
+    }
+
+
+def test_a_local_run_uses_a_ray_of_its_own_beside_a_cluster(alone):
+    assert alone["record"]["num_cpus"] == len(alone["record"]["cores"]) > 0
+    assert alone["record"]["nodes"] == 1 and alone["record"]["cpu_seconds"] > 0
+    assert alone["unharmed"]
+    assert alone["left"] == []
+
+
+def test_a_local_run_listens_on_loopback_alone(alone):
+    for line in sorted(alone["sockets"]):
+        print(*line)
+    commands = "\n".join(command for command, _, _ in alone["sockets"])
+    assert all(name in commands for name in ("gcs_server", "raylet", "DashboardAgent", "ray::Model", "bench_ray.py"))
+    assert {address for _, address, _ in alone["sockets"]} == {"127.0.0.1"}
+
+
+def test_every_cpu_of_three_nodes(cluster, start, files, alone):
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    model, data = files()
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (model, data)}
+    with added(cluster, 2, {last}) as two, added(cluster) as one:
+        nodes = (cluster.head_node, two, one)
+        bench = start("ray", "--address", cluster.address, "--model", model, "--data", data, "--trials", "1")
+        bench.wait_for("4 CPUs")
+        model.unlink()
+        data.unlink()
+        bench.wait_for("round 2 of 10")
+        actors = [models(node) for node in nodes]
+        assert [len(processes) for processes in actors] == [1, 2, 1]
+        pinned = [[cores_of(process) for process in processes] for processes in actors]
+        # The second node may use one core, and advertises two CPUs.
+        assert pinned == [[{str(first)}], [{str(last)}] * 2, [{str(first)}]]
+        for node, processes in zip(nodes, actors, strict=True):
+            for process in processes:
+                folder = Path(process.cwd())
+                assert folder.is_relative_to(node.get_session_dir_path())
+                assert {
+                    path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
+                } == digests
+        sockets = listening(process for node in nodes for process in (raylet(node), *raylet(node).children()))
+        status, out, err = bench.finish()
+    assert status == 0, err
+    [record] = bench.records()
+    assert (record["num_cpus"], record["nodes"], record["restarts"]) == (4, 3, 0)
+    assert sorted(record["cores"]) == sorted([first, last, last, first])
+    assert record["cpu_seconds"] is record["memory_bytes"] is None
+    assert record["predictions"] == alone["record"]["predictions"]
+    for line in sorted(sockets):
+        print(*line)
+
+
+def test_a_node_dies_and_another_joins(cluster, start, files, alone):
+    model, data = files()
+    arguments = ("--predict-on-batch", "--trials", "10000", "--wait", LIMIT)
+    with added(cluster) as doomed:
+        bench = start("ray", "--address", "auto", "--model", model, "--data", data, *arguments, RAY_ADDRESS="")
+        bench.wait_for("trial 1:")
+        model.unlink()
+        data.unlink()
+        raylet(doomed).kill()
+        bench.wait_for("waiting")
+        done = len(bench.records())
+        with added(cluster) as joined:
+            bench.wait_for(f"trial {done + 3}:")
+            assert "1 restarted" in bench.out.read_text()
+            [actor] = models(joined)
+            assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
+            raylet(joined).kill()
+            status, out, err = bench.finish()
+    assert status == 1 and f"no answer for {LIMIT} s" in err and "Traceback" not in err
+    records = bench.records()
+    assert [record["trial"] for record in records] == list(range(len(records))) and len(records) >= done + 2
+    assert [record["restarts"] for record in records] == [0] * done + [1] + [0] * (len(records) - done - 1)
+    assert {record["predictions"] for record in records} == {alone["record"]["predictions"]}
+    assert {(record["num_cpus"], record["nodes"]) for record in records} == {(2, 2)}
+
+
+def test_a_busy_cluster_is_waited_for_so_long(cluster, start):
+    code = "import ray, time; ray.init(); ray.get(ray.remote(time.sleep).remote(99))"
+    busy = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": cluster.address})
+    try:
+        while not any(
+            "time.sleep" in (process.cmdline() or [""])[0] for process in raylet(cluster.head_node).children()
+        ):
+            assert busy.poll() is None
+            time.sleep(0.1)
+        bench = start("ray", "--wait", "4", RAY_ADDRESS=cluster.address)
+        status, out, err = bench.finish()
+    finally:
+        busy.kill()
+        busy.wait()
+    assert status == 1 and "1 CPUs" in out
+    assert "waiting 2 s more" in err and "no answer for 4 s" in err and "Traceback" not in err
+    assert bench.records() == []
+
+
+def test_a_job_of_the_cluster(cluster, trained, tmp_path, alone):
+    """`ray job submit`, with a working directory of its own; the job gets the cluster's address from Ray."""
+    (tmp_path / "work").mkdir()
+    shutil.copy(ROOT / "bench_ray.py", tmp_path / "work")
+    files = ["--model", trained[0], "--data", trained[1], "--output", tmp_path / "results.jsonl"]
+    script = ["python", "bench_ray.py", *files, "--trials", "1", "--rounds", "2"]
+    submit = ["job", "submit", "--address", f"http://{cluster.webui_url}", "--working-dir", tmp_path / "work", "--"]
+    command = [Path(sys.executable).parent / "ray", *submit, *script]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 CPUs" in done.stdout and "set-up" in done.stdout
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    assert (record["num_cpus"], record["nodes"], record["cpu_seconds"]) == (1, 1, None)
+    assert record["predictions"] == alone["record"]["predictions"]
+    [address] = {
+        address
+        for _, address, port in listening([psutil.Process(cluster.head_node.all_processes["dashboard"][0].process.pid)])
+        if port == int(cluster.webui_url.rpartition(":")[2])
+    }
+    assert address == "127.0.0.1"
+
+
+def test_the_address_for_jobs_is_refused(start, cluster):
+    bench = start("ray", RAY_ADDRESS=f"http://{cluster.webui_url}")
+    status, out, err = bench.finish()
+    assert status == 1 and cluster.webui_url in err and "--address auto" in err and "Traceback" not in err
