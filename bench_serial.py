@@ -209,11 +209,13 @@ def append(line, output):
     """Append the line (bytes) in one write, after a newline if the last one was torn. Exit 1 if that fails."""
     try:
         with open(output, "ab+", buffering=0) as file:
+            if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
+                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
             fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             line = b"\n" * (file.read() not in (b"", b"\n")) + line
-            if not os.path.isfile(output) or not os.statvfs(output).f_bavail or file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "no space left on its disk; the last line is torn")
             os.fsync(file.fileno())
     except OSError as error:
         sys.exit(f"\ncannot append to {output}: {error.strerror}; name another file with --output")
