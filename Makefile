@@ -57,4 +57,5 @@ benchmark: $(MODEL) .venv/ready-dev
 clean:
 	rm -rf .venv
 
+.NOTPARALLEL:
 .PHONY: all measure analyze sweep test lint benchmark clean

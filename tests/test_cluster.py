@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.timeout(400)  # A busy machine; on a quiet one none takes a minute.
-LIMIT = 60  # seconds that bench_ray.py waits for a round, set-up included: four actors start on two busy cores
+LIMIT = 45  # seconds that bench_ray.py waits for a round, set-up included: four actors start on two busy cores
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def raylet(node):
 
 def models(node):
     """The actors' processes on the node."""
-    return [process for process in raylet(node).children() if process.cmdline()[0].startswith("ray::Model")]
+    return [process for process in raylet(node).children() if process.name().startswith("ray::Model")]
 
 
 def cores_of(process):
@@ -75,15 +75,18 @@ def cores_of(process):
     return {line.split()[1] for file in files for line in file.read_text().splitlines() if "Cpus_allowed_list" in line}
 
 
-def listening(processes):
-    """(name of the process, address, port) of each socket on which one of the processes listens."""
+def listening(process):
+    """(program, address, port) of each socket on which the process or one that it started listens; print them."""
     found = set()
-    for process in processes:
-        for socket in process.net_connections("inet"):
-            if socket.status == psutil.CONN_LISTEN:
-                address = ip_address(socket.laddr.ip)
-                address = getattr(address, "ipv4_mapped", None) or address
-                found.add((" ".join(process.cmdline())[:150], str(address), socket.laddr.port))
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+            program = [part for part in one.cmdline() if not part.startswith("-")]
+            program = Path(program[1] if "python" in program[0] and len(program) > 1 else program[0]).name.strip()
+            for socket in one.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN:
+                    address = ip_address(socket.laddr.ip)
+                    found.add((program, str(getattr(address, "ipv4_mapped", None) or address), socket.laddr.port))
+    print(*sorted(found), sep="\n")
     return found
 
 
@@ -106,7 +109,7 @@ def alone(start, cluster):
     before = {(process.pid, process.create_time()) for process in psutil.Process().children(recursive=True)}
     bench = start("ray", "--predict-on-batch", "--trials", "1", RAY_AUTH_MODE=None)
     bench.wait_for("round 2 of 10")
-    sockets = listening(bench.family())
+    sockets = listening(bench.process)
     status, out, err = bench.finish()
     assert status == 0, err
     after = {(process.pid, process.create_time()) for process in psutil.Process().children(recursive=True)}
@@ -127,10 +130,9 @@ def test_a_local_run_uses_a_ray_of_its_own_beside_a_cluster(alone):
 
 
 def test_a_local_run_listens_on_loopback_alone(alone):
-    for line in sorted(alone["sockets"]):
-        print(*line)
-    commands = "\n".join(command for command, _, _ in alone["sockets"])
-    assert all(name in commands for name in ("gcs_server", "raylet", "DashboardAgent", "ray::Model", "bench_ray.py"))
+    programs = {program for program, _, _ in alone["sockets"]}
+    assert programs >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "bench_ray.py"}
+    assert [program for program in programs if program.startswith("ray::Model")]
     assert {address for _, address, _ in alone["sockets"]} == {"127.0.0.1"}
 
 
@@ -140,11 +142,13 @@ def test_every_cpu_of_three_nodes(cluster, start, files, alone):
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (model, data)}
     with added(cluster, 2, {last}) as two, added(cluster) as one:
         nodes = (cluster.head_node, two, one)
-        bench = start("ray", "--address", cluster.address, "--model", model, "--data", data, "--trials", "1")
+        bench = start(
+            "ray", "--address", cluster.address, "--model", model, "--data", data, "--trials", "1", "--rounds", "6"
+        )
         bench.wait_for("4 CPUs")
         model.unlink()
         data.unlink()
-        bench.wait_for("round 2 of 10")
+        bench.wait_for("round 2 of 6")
         actors = [models(node) for node in nodes]
         assert [len(processes) for processes in actors] == [1, 2, 1]
         pinned = [[cores_of(process) for process in processes] for processes in actors]
@@ -157,7 +161,7 @@ def test_every_cpu_of_three_nodes(cluster, start, files, alone):
                 assert {
                     path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
                 } == digests
-        sockets = listening(process for node in nodes for process in (raylet(node), *raylet(node).children()))
+        sockets = listening(psutil.Process())
         status, out, err = bench.finish()
     assert status == 0, err
     [record] = bench.records()
@@ -165,8 +169,8 @@ def test_every_cpu_of_three_nodes(cluster, start, files, alone):
     assert sorted(record["cores"]) == sorted([first, last, last, first])
     assert record["cpu_seconds"] is record["memory_bytes"] is None
     assert record["predictions"] == alone["record"]["predictions"]
-    for line in sorted(sockets):
-        print(*line)
+    assert ("dashboard.py", *cluster.webui_url.split(":")) in [(name, at, str(port)) for name, at, port in sockets]
+    assert cluster.webui_url.startswith("127.0.0.1:"), "who reaches the dashboard can run commands"
 
 
 def test_a_node_dies_and_another_joins(cluster, start, files, alone):
@@ -177,8 +181,9 @@ def test_a_node_dies_and_another_joins(cluster, start, files, alone):
         bench.wait_for("trial 1:")
         model.unlink()
         data.unlink()
+        while not bench.err.read_text().endswith("round 2 of 10 "):
+            time.sleep(0.005)
         raylet(doomed).kill()
-        bench.wait_for("waiting")
         done = len(bench.records())
         with added(cluster) as joined:
             bench.wait_for(f"trial {done + 3}:")
@@ -187,7 +192,7 @@ def test_a_node_dies_and_another_joins(cluster, start, files, alone):
             assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(joined).kill()
             status, out, err = bench.finish()
-    assert status == 1 and f"no answer for {LIMIT} s" in err and "Traceback" not in err
+    assert status == 1 and "waiting" in err and f"no answer for {LIMIT} s" in err and "Traceback" not in err
     records = bench.records()
     assert [record["trial"] for record in records] == list(range(len(records))) and len(records) >= done + 2
     assert [record["restarts"] for record in records] == [0] * done + [1] + [0] * (len(records) - done - 1)
@@ -197,10 +202,11 @@ def test_a_node_dies_and_another_joins(cluster, start, files, alone):
 
 def test_a_busy_cluster_is_waited_for_so_long(cluster, start):
     code = "import ray, time; ray.init(); ray.get(ray.remote(lambda: time.sleep(99)).remote())"
-    busy = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": cluster.address})
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    busy = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     workers = raylet(cluster.head_node).children
     try:
-        while not any("lambda" in "".join(process.cmdline()) for process in workers()):
+        while not any("lambda" in process.name() for process in workers()):
             assert busy.poll() is None
             time.sleep(0.1)
         bench = start("ray", "--wait", "4", RAY_ADDRESS=cluster.address)
@@ -227,9 +233,6 @@ def test_a_job_of_the_cluster(cluster, trained, tmp_path, alone):
     record = json.loads((tmp_path / "results.jsonl").read_text())
     assert (record["num_cpus"], record["nodes"], record["cpu_seconds"]) == (1, 1, None)
     assert record["predictions"] == alone["record"]["predictions"]
-    dashboard = psutil.Process(cluster.head_node.all_processes["dashboard"][0].process.pid)
-    host, port = cluster.webui_url.split(":")
-    assert {address for _, address, where in listening([dashboard]) if where == int(port)} == {host} == {"127.0.0.1"}
 
 
 def test_the_address_for_jobs_is_refused(start, cluster):

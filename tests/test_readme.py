@@ -37,6 +37,7 @@ def test_versions_of_the_snippets_are_those_of_the_requirements():
     pins["ray"] = pins.pop("ray[default]")
     shown = dict(re.findall(r"(\w+) (\d[\d.]*\d)", line.lower()))
     assert {"ray", "tensorflow", "keras", "numpy", "psutil"} <= set(shown)
+    assert shown.pop("python") == "3.11"
     assert all(pins[name] == version for name, version in shown.items())
 
 
@@ -63,7 +64,7 @@ def test_files_and_tests_that_the_readme_names_exist():
 def test_flags_that_the_readme_names_exist():
     helps = "".join(run(script, "--help").stdout for script in [*SCRIPTS, "analyze.py"])
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    foreign = {"--generate", "--working-dir", "--stop", "--no-config-cache"}  # of Ray's command line
+    foreign = {"--generate", "--working-dir", "--stop", "--no-config-cache", "--quiet"}  # of Ray's command line and pip
     assert shown - foreign <= set(re.findall(r"--[a-z][a-z-]+", helps))
 
 
@@ -94,17 +95,17 @@ def test_what_an_initializer_cannot_do(example, trained, tmp_path):
 
 
 def on_paper():
-    """The README's predictions, from the means of the records of results/ in predict mode on two cores."""
+    """The README's predictions, from the medians of the records of results/ in predict mode on two cores."""
     records = [json.loads(line) for line in (ROOT / "results" / "results.jsonl").read_text().splitlines()]
-    mean = {}
+    median = {}
     for approach in ("serial", "multiprocessing", "multiprocessing+initializer", "ray"):
         wanted = {"approach": approach, "num_cpus": 2, "predict": "predict", "restarts": 0}
         chosen = [r["seconds"] / len(r["round_seconds"]) for r in records if wanted.items() <= r.items()]
-        mean[approach] = statistics.mean(chosen)
-    batch, serial = mean["multiprocessing+initializer"], mean["serial"] / 2
-    reload, carry = mean["multiprocessing"] - batch, max(0, mean["ray"] - batch) / 2
+        median[approach] = statistics.median(chosen)
+    batch, serial = median["multiprocessing+initializer"], median["serial"] / 2
+    reload, carry = median["multiprocessing"] - batch, max(0, median["ray"] - batch) / 2
     lines = [
-        f"Measured, on 2 cores: compute {batch:.3f} s a batch, serial {serial:.3f} s a batch,",
+        f"Measured, on 2 cores, medians: compute {batch:.3f} s a batch, serial {serial:.3f} s a batch,",
         f"reload {reload:.3f} s a call, transport {1000 * carry:.1f} ms an actor.",
         "",
         "| cores | serial, s | multiprocessing, s | Ray, s | Ray over serial | Ray over multiprocessing |",
@@ -121,6 +122,22 @@ def on_paper():
         f"For 25x on 48 cores today a reload would have to take {needed:.1f} s, {needed / reload:.0f} times this.",
     ]
     return "\n".join(lines)
+
+
+def steady():
+    """The README's sentence on steady rounds, from the pairs of trials in predict_on_batch mode."""
+    records = [json.loads(line) for line in (ROOT / "results" / "results.jsonl").read_text().splitlines()]
+    medians = {}
+    for record in records:
+        if record["predict"] == "predict_on_batch":
+            medians.setdefault(record["approach"], []).append(statistics.median(record["round_seconds"][1:]))
+    pairs = zip(medians["ray"], medians["multiprocessing+initializer"], strict=True)
+    ratios = [ray / pool for ray, pool in pairs]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs of trials)"
+
+
+def test_the_ratio_of_steady_rounds_follows_from_the_records():
+    assert steady() in " ".join(README.split())
 
 
 def test_predictions_on_paper_follow_from_the_records():
