@@ -21,16 +21,15 @@ Prints a line for each trial, then their mean and standard deviation; appends a 
 import argparse
 import contextlib
 import datetime
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -39,10 +38,18 @@ import zipfile
 
 STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
+
+def end(status):
+    """End the workers and the script at once: to terminate a pool in order can hang when a worker is dead already."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
+
+
 # Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
 # imports swallow exceptions).
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: os._exit(128 + number))
+    signal.signal(number, lambda number, frame: end(128 + number))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
@@ -130,10 +137,8 @@ def physical_cores():
 
 def core_of(cpu):
     """Return what is the same for all CPUs (hyper-threads) of a physical core, and for them alone."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return cpu  # Topology unknown: every CPU counts as a core.
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
 
 
 # snippet: end
@@ -146,76 +151,74 @@ REMEDY = "run python train_model.py, or name another file with --model or --data
 def parse_arguments(cores, *flags):
     """Parse the flags that all bench scripts share, and this one's own. Exit with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in each trial; default %(default)s")
-    parser.add_argument(
-        "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
-    )
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
-    parser.add_argument("--model", default=filename, help="default %(default)s")
-    parser.add_argument("--data", default=datafile, help="default %(default)s")
-    parser.add_argument("--output", default="results.jsonl", help="file to append records to; default %(default)s")
+    add, file = parser.add_argument, {"metavar": "FILE", "type": os.path.abspath}
+    add("--trials", type=int, default=5, metavar="N", help="default %(default)s")
+    add("--rounds", type=int, default=10, metavar="N", help="in each trial; default %(default)s")
+    add("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores")
+    add("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
+    add("--model", dest="filename", default=filename, help="default %(default)s", **file)
+    add("--data", dest="datafile", default=datafile, help="default %(default)s", **file)
+    add("--output", default="results.jsonl", metavar="FILE", help="to append records to; default %(default)s")
     for name, options in flags:
-        parser.add_argument(name, **options)
+        add(name, **options)
     arguments = parser.parse_args()
     if min(arguments.trials, arguments.rounds) < 1:
         parser.error("--trials and --rounds must be at least 1")
+    globals().update(vars(arguments))  # filename, datafile and predict_on_batch are the snippet's.
     return arguments
 
 
 def check_files(output):
     """Return the test labels (10000,). Exit 1 with a message if a file is wrong, as far as shows without TensorFlow."""
     if not zipfile.is_zipfile(filename):
-        sys.exit(f"{filename} is {'not a whole .keras file' if os.path.exists(filename) else 'missing'}: {REMEDY}")
+        sys.exit(f"no model, or not all of its file, at {filename}: {REMEDY}")
     try:
         arrays = [array for part in load_data() for array in part]
         shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
-        if [array.shape for array in arrays] != shapes or {array.dtype for array in arrays} != {np.dtype(np.uint8)}:
-            raise ValueError("it must hold 60000 and 10000 images of 28x28 and their labels, all uint8")
-        if max(arrays[1].max(), arrays[3].max()) > 9:
-            raise ValueError("a label is not in 0..9")
+        found = [array.shape for array in arrays if array.dtype == np.uint8]
+        if found != shapes or max(arrays[1].max(), arrays[3].max()) > 9:
+            raise ValueError("it must hold 60000 and 10000 images of 28x28 and their labels, 0 to 9, all uint8")
     except Exception as error:  # A hostile file can raise anything.
         sys.exit(f"{datafile} can't be used: {error}: {REMEDY}")
     append(b"", output)
     return arrays[3]
 
 
-def describe():
-    """Return what all records of this run say of the files, the machine and the versions."""
+def announce(approach, where, **fields):
+    """Print what is about to be timed; return what all records say of the files, the machine and the versions."""
     model, data = (hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (filename, datafile))
-    kind = "stand-in" if "stand_in.npy" in zipfile.ZipFile(datafile).namelist() else "other"
-    cpu = platform.processor()
+    kind = "stand-in" if "stand_in" in np.load(datafile).files else "other"
+    fields |= {"approach": approach, "model": model, "data": "mnist" if data == MNIST_SHA256 else kind}
+    fields |= {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000}
+    print(f"{approach}: {fields['predict']} on {fields['data']} data, {where}", flush=True)
+    host = {"name": platform.node(), "cpu": platform.processor(), "platform": platform.platform()}
     with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    host = {"name": platform.node(), "cpu": cpu, "platform": platform.platform(), "load": os.getloadavg()[0]}
+        host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     host |= {"physical_cores": psutil.cpu_count(logical=False), "logical_cpus": psutil.cpu_count()}
-    host |= {"memory_bytes": psutil.virtual_memory().total}
+    host |= {"memory_bytes": psutil.virtual_memory().total, "load": os.getloadavg()[0]}
     versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
-    versions["python"] = platform.python_version()
-    record = {"model": model, "data": "mnist" if data == MNIST_SHA256 else kind, "host": host, "versions": versions}
-    return record | {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000, "nodes": 1}
+    return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
 
 def usage():
-    """Return the CPU seconds used so far, and the unique memory in bytes, of this process and all its descendants."""
-    seconds = memory = 0
+    """Return {process: (CPU seconds so far, unique memory in bytes)} for this process and all its descendants."""
+    used = {}
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with contextlib.suppress(psutil.Error):  # It has just ended.
-            seconds += sum(process.cpu_times()[:2])  # user and system
-            memory += process.memory_full_info().uss
-    return seconds, memory
+            used[process] = sum(process.cpu_times()[:2]), process.memory_full_info().uss
+    return used
 
 
 def run_trials(arguments, record, labels, one_round, workers):
     """Time, check, record and print the trials. Exit 1 if an answer is wrong: that trial is not recorded.
 
     `record`: the fields that all trials share; `labels`: the right answers (10000,); `one_round()` returns an array of
-    class probabilities (10000, 10) for each core; `workers()` returns the process ids of the workers.
+    class probabilities (10000, 10) for each core; `workers()` returns what tells a worker from its replacement.
     """
     record |= {"run": f"{os.getpid()}-{time.time_ns()}", "setup_seconds": time.perf_counter() - STARTED}
     seconds = []
     for trial in range(arguments.trials):
-        before, (cpu_before, _), round_seconds, answers = workers(), usage(), [], set()
+        first, before, round_seconds, answers = set(workers()), usage(), [], set()
         for number in range(arguments.rounds):
             progress = f"\rtrial {trial + 1} of {arguments.trials}, round {number + 1} of {arguments.rounds} "
             print(progress, end="", file=sys.stderr, flush=True)
@@ -223,7 +226,7 @@ def run_trials(arguments, record, labels, one_round, workers):
             results = one_round()
             round_seconds.append(time.perf_counter() - start)
             answers.update(np.argmax(result, axis=1).astype(np.uint8).tobytes() for result in results)
-        (cpu_after, memory), restarts = usage(), len(set(workers()) - set(before))
+        after, restarts = usage(), len(set(workers()) - first)
         accuracy = np.mean(np.frombuffer(max(answers), np.uint8) == labels)
         if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
             found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
@@ -231,15 +234,16 @@ def run_trials(arguments, record, labels, one_round, workers):
         seconds.append(sum(round_seconds))
         now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
         result = {"trial": trial, "time": now, "seconds": seconds[-1], "round_seconds": round_seconds}
-        result |= {"cpu_seconds": cpu_after - cpu_before, "memory_bytes": memory, "restarts": restarts}
-        result |= {"accuracy": accuracy, "predictions": digest} | record
-        append(json.dumps(result).encode() + b"\n", arguments.output)
+        result |= {"accuracy": accuracy, "predictions": digest, "restarts": restarts}
+        result["cpu_seconds"] = sum(used - before.get(process, (0,))[0] for process, (used, _) in after.items())
+        result["memory_bytes"] = sum(memory for _, memory in after.values())
+        append(json.dumps(result | record).encode() + b"\n", arguments.output)
         restarted = f", {restarts} restarted" if restarts else ""
         print(f"\rtrial {trial + 1}: {seconds[-1]:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
-    spread = f"{statistics.stdev(seconds):.3f} s" if len(seconds) > 1 else "unknown"
+    spread = f"{np.std(seconds, ddof=1):.3f} s" if len(seconds) > 1 else "unknown"
     counts = f"{len(seconds)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
-    print(f"mean {statistics.mean(seconds):.3f} s, standard deviation {spread} ({counts}); ", end="")
-    print(f"set-up {record['setup_seconds']:.1f} s, not timed")
+    times = f"mean {np.mean(seconds):.3f} s, standard deviation {spread} ({counts})"
+    print(f"{times}; set-up {record['setup_seconds']:.1f} s, not timed")
 
 
 def append(line, output):
@@ -247,98 +251,75 @@ def append(line, output):
     try:
         with open(output, "ab+", buffering=0) as file:
             if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
-                raise OSError(errno.ENOSPC, "not a file, or no space left on its disk")
+                raise OSError("not a file, or no space left on its disk")
             fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            line = b"\n" * (file.read() not in (b"", b"\n")) + line
+            line = b"\n" * (Path(output).read_bytes()[-1:] not in (b"", b"\n")) + line
             if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, "no space left on its disk; the last line is torn")
+                raise OSError("no space left on its disk; the last line is torn")
             os.fsync(file.fileno())
     except OSError as error:
-        sys.exit(f"\ncannot append to {output}: {error.strerror}; name another file with --output")
+        sys.exit(f"\ncannot append to {output}: {error.strerror or error}; name another file with --output")
 
 
 def filter_chatter():
     """Send what C++ writes to stderr through grep, less TensorFlow's first lines, which no variable silences."""
     sys.stderr = open(os.dup(2), "w")
-    chatter = "^(WARNING: All log messages before absl|I0000 |E0000 .* cuInit|To enable the following)"
-    grep = ["grep", "--line-buffered", "-vE", chatter]
-    pipe = subprocess.Popen(grep, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True).stdin
-    os.dup2(pipe.fileno(), 2)
-    pipe.close()
+    grep = ["grep", "--line-buffered", "-vE", "^(WARNING: All log messages before|I0000 |E0000 .* cuInit|To enable )"]
+    grep = subprocess.Popen(grep, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True)
+    os.dup2(grep.stdin.fileno(), 2)
 
 
-def work(settings, initializer, queue, status):
-    """Start a worker of the pool: settings (a spawned process has only the defaults), then the initializer, if any."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers,
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and they must end wherever they are.
+def work(arguments, queue, problems):
+    """Set a worker up: arguments (a spawned process has only the defaults), Keras, then the initializer, if any."""
+    if queue.empty():  # The pool has replaced a worker that died: the script is about to end.
+        os._exit(1)
+    globals().update(vars(arguments))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the script ends its workers.
     import keras  # noqa: F401 - A call loads the model and the data; the library belongs to the set-up.
 
-    globals().update(settings)
     try:
-        initializer and initializer(queue)
-        status.put(None)
+        initialize(queue) if arguments.initializer else queue.get()
+        problems.put(None)
     except Exception as error:  # Raised here, it would end the worker, and the pool would start another, for ever.
-        status.put(str(error))
+        problems.put(str(error))
 
 
 def watch(workers):
     """Wait until a worker dies, then end the script: pool.map would wait for ever (CPython issue 96062)."""
-    sentinels = multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
     if threading.main_thread().is_alive():  # Otherwise the script is at its end and has terminated the pool.
-        dead = next(worker for worker in workers if worker.sentinel in sentinels)
-        while dead.exitcode is None:  # The pool is looking, too, and one of the two is told.
-            time.sleep(0.01)
-        cause = signal.Signals(-dead.exitcode).name if dead.exitcode < 0 else f"exit status {dead.exitcode}"
-        print(f"\n{dead.name} (process {dead.pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
-        end(1)
-
-
-def end(status):
-    """End the workers and the script at once: to terminate a pool in order can hang when a worker is dead already."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(status)
+        while not (dead := [worker for worker in workers if worker.exitcode is not None]):
+            time.sleep(0.01)  # The pool is looking, too, and one of the two is told.
+        cause = signal.Signals(-dead[0].exitcode).name if dead[0].exitcode < 0 else f"exit status {dead[0].exitcode}"
+        print(f"\n{dead[0].name} (process {dead[0].pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
+        end(max(1, dead[0].exitcode))
 
 
 def main():
-    global filename, datafile, predict_on_batch, pool  # The pool must outlive this function: see watch().
+    global pool  # It must outlive this function: see watch().
     cores = physical_cores()
     once = {"action": "store_true", "help": "load model and data once in each worker, not in every call"}
     method = {"choices": multiprocessing.get_all_start_methods(), "help": "of the workers; default: the platform's"}
     arguments = parse_arguments(cores, ("--initializer", once), ("--start-method", method))
-    filename, datafile, predict_on_batch = arguments.model, arguments.data, arguments.predict_on_batch
-    cores = cores[: arguments.num_cpus]
-    labels = check_files(arguments.output)
+    labels, cores = check_files(arguments.output), cores[: arguments.num_cpus]
     multiprocessing.set_start_method(arguments.start_method)
-    record = describe() | {"approach": "multiprocessing" + "+initializer" * arguments.initializer, "cores": cores}
-    record |= {"num_cpus": len(cores), "pinned": sys.platform == "linux"}
-    record["start_method"] = multiprocessing.get_start_method()
-    print(
-        f"{record['approach']}: {record['predict']} on {record['data']} data, {len(cores)} cores: {cores}", flush=True
-    )
+    approach = "multiprocessing" + "+initializer" * arguments.initializer
+    record = announce(approach, f"{len(cores)} cores: {cores}", num_cpus=len(cores), cores=cores, nodes=1)
+    record |= {"pinned": sys.platform == "linux", "start_method": multiprocessing.get_start_method()}
     filter_chatter()
     if record["start_method"] == "fork":
         import keras  # noqa: F401 - Here, so that the workers inherit it.
-    for number in (signal.SIGINT, signal.SIGTERM):  # From here on there are workers to end.
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    queue, status = multiprocessing.SimpleQueue(), multiprocessing.SimpleQueue()
+    queue, problems = multiprocessing.SimpleQueue(), multiprocessing.SimpleQueue()
     for core in cores:
         queue.put(core)
-    settings = {"filename": filename, "datafile": datafile, "predict_on_batch": predict_on_batch}
     function = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
-    initializer = initialize if arguments.initializer else None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: end(128 + number))
-    pool = multiprocessing.Pool(len(cores), work, (settings, initializer, queue, status))
+    pool = multiprocessing.Pool(len(cores), work, (arguments, queue, problems))
     workers = multiprocessing.active_children()
     threading.Thread(target=watch, args=(workers,), daemon=True).start()
-    problems = [status.get() for _ in cores]
     try:
-        if any(problems):
-            raise RuntimeError(problems[0])
-        pids = [worker.pid for worker in workers]
-        run_trials(arguments, record, labels, lambda: one_round(pool, cores, function), lambda: pids)
+        if problem := max(problems.get() or "" for _ in cores):
+            raise RuntimeError(problem)
+        run_trials(arguments, record, labels, lambda: one_round(pool, cores, function), lambda: workers)
     except Exception as error:
         sys.exit(f"\n{error}\n{filename} can't be used: {REMEDY}")
 

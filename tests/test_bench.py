@@ -77,7 +77,7 @@ def test_prints_what_a_person_reads_and_nothing_else(runs, approach, mode):
     status, stdout, stderr = runs[approach, mode].finish()
     assert status == 0, stderr
     trials, rounds = int(MODES[mode][1]), int(MODES[mode][3])
-    where = f"{len(cores())} CPUs" if approach == "ray" else f"{len(cores())} cores: {cores()}"
+    where = f"{len(cores())} cores" + f": {cores()}" * (approach != "ray")
     first, *lines, last = stdout.splitlines()
     assert first == f"{approach}: {mode} on stand-in data, {where}"
     records = runs[approach, mode].records()

@@ -145,7 +145,7 @@ def test_every_cpu_of_three_nodes(cluster, start, files, alone):
         bench = start(
             "ray", "--address", cluster.address, "--model", model, "--data", data, "--trials", "1", "--rounds", "6"
         )
-        bench.wait_for("4 CPUs")
+        bench.wait_for("round 1 of 6")
         model.unlink()
         data.unlink()
         bench.wait_for("round 2 of 6")
@@ -192,7 +192,7 @@ def test_a_node_dies_and_another_joins(cluster, start, files, alone):
             assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(joined).kill()
             status, out, err = bench.finish()
-    assert status == 1 and "waiting" in err and f"no answer for {LIMIT} s" in err and "Traceback" not in err
+    assert status == 1 and "no answer for" in err and f"giving up after {LIMIT} s" in err and "Traceback" not in err
     records = bench.records()
     assert [record["trial"] for record in records] == list(range(len(records))) and len(records) >= done + 2
     assert [record["restarts"] for record in records] == [0] * done + [1] + [0] * (len(records) - done - 1)
@@ -214,8 +214,8 @@ def test_a_busy_cluster_is_waited_for_so_long(cluster, start):
     finally:
         busy.kill()
         busy.wait()
-    assert status == 1 and "1 CPUs" in out
-    assert "waiting 2 s more" in err and "no answer for 4 s" in err and "Traceback" not in err
+    assert status == 1 and f"every CPU of the cluster at {cluster.address}" in out
+    assert err.count("no answer for 2 s: ") == 2 and "giving up after 4 s" in err and "Traceback" not in err
     assert bench.records() == []
 
 
@@ -229,7 +229,7 @@ def test_a_job_of_the_cluster(cluster, trained, tmp_path, alone):
     command = [Path(sys.executable).parent / "ray", *submit, *script]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 CPUs" in done.stdout and "set-up" in done.stdout
+    assert "every CPU of the cluster" in done.stdout and "set-up" in done.stdout
     record = json.loads((tmp_path / "results.jsonl").read_text())
     assert (record["num_cpus"], record["nodes"], record["cpu_seconds"]) == (1, 1, None)
     assert record["predictions"] == alone["record"]["predictions"]

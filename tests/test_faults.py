@@ -32,12 +32,12 @@ def ray_run(start):
     number = len(bench.workers())
     victims[-1].kill()
     bench.wait_for("trial 2 of 3, round 3 of")
-    victims.append(bench.workers()[0])
-    victims[-1].kill()
-    while victims[-1] in (workers := bench.workers()) or len(workers) < number:
+    first, second, *_ = bench.workers()
+    first.kill()
+    while first in (workers := bench.workers()) or len(workers) < number:
         time.sleep(0.1)
-    victims.append(workers[-1])
-    victims[-1].kill()
+    second.kill()
+    victims += [first, second]
     bench.finish()
     bench.killed = [process.pid for process in victims]
     return bench

@@ -46,7 +46,7 @@ def test_what_a_comparison_rests_on_stands_in_every_script():
     assert len(BENCHES) == 3
     everywhere = {name for name, trees in SHARED.items() if len(trees) == 3}
     assert everywhere >= {"load", "load_data", "predict", "physical_cores", "core_of", "check_files", "run_trials"}
-    assert everywhere >= {"parse_arguments", "describe", "usage", "append", "ACCURACY_FLOOR", "filename", "datafile"}
+    assert everywhere >= {"parse_arguments", "announce", "usage", "append", "ACCURACY_FLOOR", "filename", "datafile"}
     assert "pin" in SHARED
 
 
