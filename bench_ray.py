@@ -260,11 +260,14 @@ def start_ray(address, num_cpus):
     global filename, datafile
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(16).hex())  # Ray would write one to the home folder.
+        token = os.urandom(16).hex()
+        # When this script has ended, however it did, what it started is killed: parts of Ray would live for a minute.
+        last = "read never; grep -ls $0 /proc/[0-9]*/environ | cut -d/ -f3 | xargs kill -9"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.Popen(["sh", "-c", last, token], start_new_session=True, **pipes)
+        # Without a token Ray would write one to the home folder; a process title would cover the environment in /proc.
+        os.environ |= {"RAY_AUTH_TOKEN": token, "SPT_NOENV": "1"}
         ray.init(address, num_cpus=num_cpus, include_dashboard=False, **quiet)
-        # When this script has ended, however it did, Ray's processes are killed: they would live on for up to a minute.
-        last = ["sh", "-c", "read never; kill -9 $*", "sh", *(str(p.pid) for p in psutil.Process().children(True))]
-        subprocess.Popen(last, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     else:
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # `ray job submit --working-dir` has set one already.
         with tempfile.TemporaryDirectory() as folder:  # Ray carries it to each node, as the actors' working directory.

@@ -171,7 +171,9 @@ def test_signal_in_a_round(start, number):
 @pytest.mark.parametrize("approach", APPROACHES)
 def test_signal_at_set_up(start, approach, number):
     bench = start(approach, *ENDLESS)
-    bench.wait_for(" data, ")  # TensorFlow is imported now, by the actors or in the script.
+    bench.wait_for(" data, ")  # TensorFlow is imported now, by the workers or in the script, or Ray is started.
+    while approach == "ray" and "raylet" not in [process.name() for process in bench.family()]:
+        time.sleep(0.01)
     interrupt(bench, number)
     check_interrupted(bench, number)
     assert bench.results.read_bytes() == b""

@@ -157,9 +157,9 @@ def main():
     from bench_serial import physical_cores
 
     measure_rounds(arguments, physical_cores())
+    measure_analysis(arguments)  # Before Ray is imported: a child's peak of memory includes that of its parent.
     for num_actors in (1, 2, 8, 32):
         measure_harness(num_actors)
-    measure_analysis(arguments)
 
 
 if __name__ == "__main__":
