@@ -274,7 +274,8 @@ def work(arguments, queue, problems):
     if queue.empty():  # The pool has replaced a worker that died: the script is about to end.
         os._exit(1)
     globals().update(vars(arguments))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the script ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the script ends its workers,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which must end at once: a handler would wait for a pool's lock.
     import keras  # noqa: F401 - A call loads the model and the data; the library belongs to the set-up.
 
     try:
@@ -292,7 +293,7 @@ def watch(workers):
             time.sleep(0.01)  # The pool is looking, too, and one of the two is told.
         cause = signal.Signals(-dead[0].exitcode).name if dead[0].exitcode < 0 else f"exit status {dead[0].exitcode}"
         print(f"\n{dead[0].name} (process {dead[0].pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
-        end(max(1, dead[0].exitcode))
+        end(128 + signal.SIGTERM if dead[0].exitcode == -signal.SIGTERM else 1)
 
 
 def main():
