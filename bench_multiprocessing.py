@@ -289,7 +289,7 @@ def watch(workers):
     """Wait until a worker dies, then end the script: pool.map would wait for ever (CPython issue 96062)."""
     multiprocessing.connection.wait([worker.sentinel for worker in workers])
     if threading.main_thread().is_alive():  # Otherwise the script is at its end and has terminated the pool.
-        while not (dead := [worker for worker in workers if worker.exitcode is not None]):
+        while not (dead := [worker for worker in workers if worker.exitcode]):
             time.sleep(0.01)  # The pool is looking, too, and one of the two is told.
         cause = signal.Signals(-dead[0].exitcode).name if dead[0].exitcode < 0 else f"exit status {dead[0].exitcode}"
         print(f"\n{dead[0].name} (process {dead[0].pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
@@ -323,6 +323,8 @@ def main():
         run_trials(arguments, record, labels, lambda: one_round(pool, cores, function), lambda: workers)
     except Exception as error:
         sys.exit(f"\n{error}\n{filename} can't be used: {REMEDY}")
+    finally:
+        pool.close()  # Left open, it would complain of the interpreter's end (Python 3.13).
 
 
 if __name__ == "__main__":
