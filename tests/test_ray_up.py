@@ -140,9 +140,9 @@ def start_instance(node):
     (home / ".profile").write_text(". ~/.bashrc\n")
     shutil.copytree(SHIMS / "instance", node / "commands")
     write_program(node / "commands" / "python3", f'#!/bin/sh\nexec {sys._base_executable} "$@"\n')
-    # What `pip install -r requirements.txt` cannot bring without a network: the packages that run this test, those aside
-    # that come with a new environment, and the program `ray`. The set-up commands make the environment around them, and
-    # pip checks every pin.
+    # What `pip install -r requirements.txt` cannot bring without a network: the packages that run this test, less those
+    # that a new environment has of its own, and the program `ray`. The set-up commands make the environment around
+    # them, and pip checks every pin.
     own = ("pip", "setuptools", "_distutils") if sys.version_info < (3, 12) else "pip"
     for package in Path(sysconfig.get_path("purelib")).iterdir():
         if not package.name.startswith(own):

@@ -74,8 +74,8 @@ def matmul_rates(cores):
 def measure_rounds(arguments, cores):
     """Compare steady rounds of Ray and of the pool with initializer, set-up with the article's, and the limit.
 
-    In `predict` mode TensorFlow makes most rounds wait for its tf.data autotuner (README, Results). So the fastest round
-    is compared, too, under the scheduling policy that makes the wait rare.
+    In `predict` mode TensorFlow makes most rounds wait for its tf.data autotuner (README, Results). So the fastest
+    round is compared, too, under the scheduling policy that makes the wait rare.
     """
     rounds = {"predict": [], "predict_on_batch": []}
     fastest, setups, shares = [], [], []
@@ -86,8 +86,9 @@ def measure_rounds(arguments, cores):
             pool = bench(arguments, "bench_multiprocessing.py", "--initializer", *flags)
             ray = bench(arguments, "bench_ray.py", *flags)
             rounds[mode].append(steady(ray) / steady(pool))
-        pool = bench(arguments, "bench_multiprocessing.py", "--initializer", prefix=BATCH)
-        fastest.append(min(bench(arguments, "bench_ray.py", prefix=BATCH)["round_seconds"]) / min(pool["round_seconds"]))
+        fast_pool = bench(arguments, "bench_multiprocessing.py", "--initializer", prefix=BATCH)
+        fast_ray = bench(arguments, "bench_ray.py", prefix=BATCH)
+        fastest.append(min(fast_ray["round_seconds"]) / min(fast_pool["round_seconds"]))
         limit = GFLOP / statistics.mean(matmul_rates(cores))
         shares.append(limit / steady(ray))
         done = subprocess.run(list(map(str, article)), capture_output=True, text=True, check=True)
@@ -102,7 +103,7 @@ def measure_rounds(arguments, cores):
     compare("predict_on_batch under Ray: arithmetic limit / round", shares, "at least 0.65")
 
 
-def measure_harness(num_actors, rounds=30):
+def measure_harness(num_actors, rounds=100):
     """Print the milliseconds of a round in the harness and in bare Ray calls, with nothing to predict, taking turns."""
     import numpy as np
     import ray
@@ -121,20 +122,17 @@ def measure_harness(num_actors, rounds=30):
 
     bench_ray.start_ray("local", num_actors)
     actors, bare = bench_ray.start_actors(), [Bare.remote() for _ in range(num_actors)]
-    ours, theirs = [], []
-    for _ in range(rounds + 5):
-        start = time.perf_counter()
-        ray.get(bench_ray.one_round(actors))
-        middle = time.perf_counter()
-        ray.get([actor.answer.remote() for actor in bare])
-        ours.append(1e3 * (middle - start))
-        theirs.append(1e3 * (time.perf_counter() - middle))
-    ours, theirs = (statistics.median(times[5:]) for times in (ours, theirs))
-    print(
-        f"harness, {num_actors} actors: {ours:.1f} ms, bare {theirs:.1f} ms, difference {ours - theirs:+.1f} ms; ",
-        end="",
-    )
-    print("aim: at most +1 ms", flush=True)
+    calls = [lambda: bench_ray.one_round(actors), lambda: [actor.answer.remote() for actor in bare]]
+    times = np.empty((rounds + 5, 2))
+    for number in range(rounds + 5):
+        for which in (number % 2, 1 - number % 2):
+            start = time.perf_counter()
+            ray.get(calls[which]())
+            times[number, which] = 1e3 * (time.perf_counter() - start)
+    ours, theirs = np.median(times[5:], axis=0)
+    difference = np.median(times[5:, 0] - times[5:, 1])
+    print(f"harness, {num_actors} actors: {ours:.1f} ms, bare {theirs:.1f} ms, ", end="")
+    print(f"median difference {difference:+.1f} ms; aim: at most +1 ms", flush=True)
 
 
 def measure_analysis(arguments, count=100_000):
@@ -150,10 +148,8 @@ def measure_analysis(arguments, count=100_000):
         process = subprocess.Popen([sys.executable, ROOT / "analyze.py", file.name], stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)  # which tells the memory of this one child
         seconds = time.perf_counter() - start
-    print(
-        f"analyze.py, {count} records: {seconds:.1f} s, {used.ru_maxrss / 1024:.0f} MB, exit status {status}; ", end=""
-    )
-    print("aim: under 5 s and 500 MB")
+    found = f"{seconds:.1f} s, {used.ru_maxrss / 1024:.0f} MB, exit status {status}"
+    print(f"analyze.py, {count} records: {found}; aim: under 5 s and 500 MB")
 
 
 def main():
