@@ -1,6 +1,9 @@
 """analyze.py against numbers worked out by hand, against hostile files, and as a user runs it."""
 
+import contextlib
+import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,6 +27,21 @@ import analyze
 APPROACHES = ["serial", "multiprocessing", "multiprocessing+initializer", "ray"]
 SERIAL, POOL, INITIALIZER, RAY = APPROACHES
 START = datetime(2026, 11, 23, 12, tzinfo=UTC)
+
+
+def analysis(*arguments):
+    """Run analyze.py as the command line does, but in this process, which has scipy: exit status, stdout, stderr."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
+        try:
+            analyze.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            err.write(f"{end.code}\n" * isinstance(end.code, str))
+        finally:
+            gc.enable()
+    return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
 
 def record(approach=RAY, k=0, seconds=3.5, **changes):
@@ -415,21 +433,21 @@ def test_core_counts_are_in_order():
 
 def test_restarted_trial_is_shown_and_left_out(tmp_path):
     made = [*full(), record(RAY, 9, 55.5, restarts=2)]
-    done = run("analyze.py", ready(tmp_path, *made))
+    done = analysis(ready(tmp_path, *made))
     assert done.returncode == 0, done.stderr
     assert "Left out: ray, 55.5 s, 2 workers replaced" in done.stdout
     assert cells(done.stdout, RAY)[1:3] == ["5", "3.62 ± 0.0158"]
 
 
 def test_only_restarted_trials(tmp_path):
-    done = run("analyze.py", ready(tmp_path, record(restarts=1)))
+    done = analysis(ready(tmp_path, record(restarts=1)))
     assert (done.returncode, done.stderr) == (0, "")
     assert "workers replaced" in done.stdout
 
 
 def test_differing_predictions_are_refused_and_the_rest_shown(tmp_path):
     wrong = [*full(), record(RAY, 7, 3.5, predictions="d" * 64)]
-    done = run("analyze.py", ready(tmp_path, *wrong, *full(predict="predict_on_batch", run="second")))
+    done = analysis(ready(tmp_path, *wrong, *full(predict="predict_on_batch", run="second")))
     assert done.returncode == 1
     assert f"ray {'d' * 64}" in done.stderr and f"serial {'a' * 64}" in done.stderr
     assert "**Refused.**" in done.stdout
@@ -438,7 +456,7 @@ def test_differing_predictions_are_refused_and_the_rest_shown(tmp_path):
 
 def test_cluster_is_shown_alone(tmp_path):
     made = [*full(), *series(RAY, 2, 2.1, nodes=3, num_cpus=6, run="cluster", cpu_seconds=None, memory_bytes=None)]
-    done = run("analyze.py", ready(tmp_path, *made))
+    done = analysis(ready(tmp_path, *made))
     assert done.returncode == 0, done.stderr
     cluster = done.stdout[done.stdout.index("on 3 nodes: no opponent") :]
     assert cells(cluster, RAY)[2:5] == ["2.05 ± 0.0707", "", ""]
@@ -447,14 +465,14 @@ def test_cluster_is_shown_alone(tmp_path):
 
 @pytest.mark.parametrize("alone", APPROACHES)
 def test_one_approach_only(tmp_path, alone):
-    done = run("analyze.py", ready(tmp_path, *series(alone, 3, 4, 5)))
+    done = analysis(ready(tmp_path, *series(alone, 3, 4, 5)))
     assert (done.returncode, done.stderr) == (0, "")
     assert cells(done.stdout, alone)[1:5] == ["3", "4 ± 1", "", ""]
     assert "nan" not in done.stdout
 
 
 def test_whole_page(tmp_path):
-    done = run("analyze.py", ready(tmp_path, *full(data="stand-in", host__name="a|b\n<x>")))
+    done = analysis(ready(tmp_path, *full(data="stand-in", host__name="a|b\n<x>")))
     assert (done.returncode, done.stderr) == (0, "")
     assert "**STAND-IN DATA" in done.stdout
     assert "a\\|b?\\<x>, AMD EPYC, 2 physical cores, 4 CPUs, 8.0 GiB, Linux-6.1" in done.stdout
@@ -466,11 +484,11 @@ def test_whole_page(tmp_path):
 
 
 def test_real_data_is_not_called_stand_in(tmp_path):
-    assert "STAND-IN" not in run("analyze.py", ready(tmp_path, *full())).stdout
+    assert "STAND-IN" not in analysis(ready(tmp_path, *full())).stdout
 
 
 def test_published_figures_stand_beside_the_readers_own(tmp_path):
-    printed = run("analyze.py", ready(tmp_path, *full())).stdout
+    printed = analysis(ready(tmp_path, *full())).stdout
     assert "Ray 5 s, multiprocessing 126 s (25x), serial 64 s (13x)" in printed
     assert cells(printed, "approach")[5] == "published, 48 cores"
     assert [cells(printed, name)[5] for name in APPROACHES] == ["64 s, 13x", "126 s, 25x", "", "5 s"]
@@ -488,7 +506,7 @@ def test_published_figures_stand_beside_nothing_else(change):
 
 
 def refused(path, *says):
-    done = run("analyze.py", path)
+    done = analysis(path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
@@ -603,7 +621,7 @@ def test_torn_line_is_told_and_skipped(tmp_path, after):
         found, notes = analyze.read([path])
         assert [trial.trial for trial in found] == [0] + [1] * len(after), cut
         assert notes == [f"{path}, line 2: skipped, its end is missing (writing it was cut off)"]
-    done = run("analyze.py", path)
+    done = analysis(path)
     assert done.returncode == 0
     assert "line 2: skipped" in done.stderr
 
@@ -640,7 +658,7 @@ def test_broken_middle_is_not_torn(tmp_path):
 
 def test_duplicates_count_once(tmp_path):
     path = ready(tmp_path, *full())
-    once, twice = run("analyze.py", path), run("analyze.py", path, path)
+    once, twice = analysis(path), analysis(path, path)
     assert once.stdout == twice.stdout
     assert (twice.returncode, twice.stderr) == (0, "")
 
@@ -775,7 +793,7 @@ def test_figure_file(tmp_path, suffix):
     path = ready(tmp_path, *full(host__cpu="$x^{$ AMD"), *full(num_cpus=4, run="four", host__cpu="$x^{$ AMD"))
     figure = tmp_path / f"results{suffix}"
     figure.write_text("old")
-    done = run("analyze.py", path, "--figure", figure)
+    done = analysis(path, "--figure", figure)
     assert (done.returncode, done.stderr) == (0, "")
     assert figure.read_bytes().startswith(MAGIC[suffix])
     assert sorted(each.name for each in tmp_path.iterdir()) == ["results.jsonl", figure.name]
@@ -821,14 +839,14 @@ def test_figure_of_a_sweep():
 
 def test_figure_shows_the_setting_with_most_trials(tmp_path):
     path = ready(tmp_path, *full(), *full(predict="predict_on_batch", run="b"), record(k=6, predict="predict_on_batch"))
-    done = run("analyze.py", path, "--figure", tmp_path / "f.svg")
+    done = analysis(path, "--figure", tmp_path / "f.svg")
     assert done.returncode == 0, done.stderr
     drawn = (tmp_path / "f.svg").read_text()
     assert "<!-- predict_on_batch, 10 rounds" in drawn and "<!-- predict, " not in drawn
 
 
 def test_figure_without_trials(tmp_path):
-    done = run("analyze.py", ready(tmp_path, record(restarts=1)), "--figure", tmp_path / "f.png")
+    done = analysis(ready(tmp_path, record(restarts=1)), "--figure", tmp_path / "f.png")
     assert "workers replaced" in done.stdout
     assert not (tmp_path / "f.png").exists()
 
@@ -837,7 +855,7 @@ def test_figure_that_cannot_be_written(tmp_path):
     path = ready(tmp_path, *full())
     (tmp_path / "f.png").mkdir()
     for figure in (tmp_path / "none" / "f.png", tmp_path / "f.png"):
-        done = run("analyze.py", path, "--figure", figure)
+        done = analysis(path, "--figure", figure)
         assert done.returncode == 1
         assert str(figure.parent) in done.stderr and "Traceback" not in done.stderr
 
@@ -856,7 +874,7 @@ def plan(tmp_path):
 
     def ask(wanted=2, cores="1,2", *options):
         arguments = ["--next", wanted, "--cores", cores, "--model", model, "--data", folder / "mnist.npz"]
-        done = run("analyze.py", *arguments, *options, results)
+        done = analysis(*arguments, *options, results)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr.strip()
 
