@@ -6,6 +6,7 @@ each worker loads them once, which the article names as the way out in some case
 
 Differences from the article:
 - workers pin themselves to the physical cores that this process may use, with all their threads;
+- workers run as batch work (SCHED_BATCH), or TensorFlow's predict often waits a third of a second for itself;
 - the data comes from a file, never from the network;
 - with --initializer, the workers have loaded and answered one batch before the clock starts;
 - a worker that dies ends the script, where pool.map would wait for ever;
@@ -59,6 +60,7 @@ logging.getLogger("tensorflow").setLevel(logging.ERROR)  # It warns of tracing i
 # snippet: start
 import contextlib
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -117,6 +119,8 @@ def predict(model, x_test):
 def pin(core):
     """Move this process to one core with all its threads: those that TensorFlow has started would stay behind."""
     if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
                 psutil.Process(thread.id).cpu_affinity([core])

@@ -5,6 +5,7 @@ multiprocessing". An actor keeps its state: it loads the model and the data once
 
 Differences from the article:
 - actors pin themselves to the physical cores that this process may use, with all their threads;
+- actors run as batch work (SCHED_BATCH), or TensorFlow's predict often waits a third of a second for itself;
 - the data comes from a file, never from the network;
 - the actors have not only loaded but answered one batch before the clock starts;
 - an actor that dies is started again, and its batch is done again: Ray does neither unless it is told to;
@@ -55,6 +56,7 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 # snippet: start
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +111,8 @@ def predict(model, x_test):
 def pin(core):
     """Move this process to one core with all its threads: those that TensorFlow has started would stay behind."""
     if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
                 psutil.Process(thread.id).cpu_affinity([core])

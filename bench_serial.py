@@ -6,6 +6,7 @@ multiprocessing". The process is serial; TensorFlow is not, it uses several thre
 Differences from the article, which shows no code for this one:
 - model and data are loaded, and one batch is answered, before the clock starts;
 - with fewer cores than the machine has (--num-cpus, taskset, a container) TensorFlow is kept to those cores, too;
+- it runs as batch work (SCHED_BATCH), or TensorFlow's predict often waits a third of a second for itself;
 - every answer is checked, and every trial is recorded with what is needed to judge it.
 
     python train_model.py     # once
@@ -235,6 +236,8 @@ def main():
         cpus = [cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in names]
         for thread in psutil.Process().threads():  # NumPy's are there; TensorFlow's will inherit this.
             psutil.Process(thread.id).cpu_affinity(cpus)
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         model, x_test = load()
         predict(model, x_test)

@@ -169,6 +169,7 @@ def test_each_worker_has_a_core_of_its_own_for_all_its_threads(start):
         for bench in begun:
             workers = bench.workers()
             assert min(process.num_threads() for process in workers) > 1
+            assert {os.sched_getscheduler(process.pid) for process in workers} == {os.SCHED_BATCH}
             assert sorted(map(allowed, workers), key=str) == [{str(core)} for core in sorted(cores(), key=str)]
         time.sleep(0.3)
     end(begun)
@@ -196,6 +197,7 @@ def test_serial_keeps_to_the_cores_that_it_is_told(start):
     bench = start("serial", "--num-cpus", "1", "--trials", "1", "--rounds", "100000", "--predict-on-batch")
     bench.wait_for("round 3 of")
     assert bench.process.num_threads() > 1
+    assert os.sched_getscheduler(bench.process.pid) == os.SCHED_BATCH
     [cpus] = allowed(bench.process)
     assert expand(cpus) == siblings(cores()[0])
     end([bench])

@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-BATCH = ("chrt", "--batch", "0")  # a woken thread waits its turn
 GFLOP = 2 * 10000 * (784 * 512 + 512 * 10) / 1e9  # of one batch: two matrix products
 MATMUL = """
 import os, sys, time
@@ -44,12 +43,12 @@ def compare(what, ratios, aim):
     print(f"{what}: {statistics.median(ratios):.3f} ({spread}); aim: {aim}", flush=True)
 
 
-def bench(arguments, script, *flags, prefix=()):
-    """Run one trial of a bench script in a process of its own, by the command `prefix` if any; return its record."""
+def bench(arguments, script, *flags):
+    """Run one trial of a bench script in a process of its own; return its record."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "results.jsonl")
         files = ["--model", arguments.model, "--data", arguments.data, "--output", output]
-        command = [*prefix, sys.executable, ROOT / script, "--trials", "1", *files, *flags]
+        command = [sys.executable, ROOT / script, "--trials", "1", *files, *flags]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return json.loads(output.read_text())
 
@@ -72,13 +71,9 @@ def matmul_rates(cores):
 
 
 def measure_rounds(arguments, cores):
-    """Compare steady rounds of Ray and of the pool with initializer, set-up with the article's, and the limit.
-
-    In `predict` mode TensorFlow makes most rounds wait for its tf.data autotuner (README, Results). So the fastest
-    round is compared, too, under the scheduling policy that makes the wait rare.
-    """
+    """Compare steady rounds of Ray and of the pool with initializer, set-up with the article's, and the limit."""
     rounds = {"predict": [], "predict_on_batch": []}
-    fastest, setups, shares = [], [], []
+    setups, shares = [], []
     article = [sys.executable, Path(__file__).with_name("article_ray.py"), arguments.model, arguments.data, len(cores)]
     for number in range(arguments.passes):
         print(f"pass {number + 1} of {arguments.passes}", file=sys.stderr, flush=True)
@@ -86,9 +81,6 @@ def measure_rounds(arguments, cores):
             pool = bench(arguments, "bench_multiprocessing.py", "--initializer", *flags)
             ray = bench(arguments, "bench_ray.py", *flags)
             rounds[mode].append(steady(ray) / steady(pool))
-        fast_pool = bench(arguments, "bench_multiprocessing.py", "--initializer", prefix=BATCH)
-        fast_ray = bench(arguments, "bench_ray.py", prefix=BATCH)
-        fastest.append(min(fast_ray["round_seconds"]) / min(fast_pool["round_seconds"]))
         limit = GFLOP / statistics.mean(matmul_rates(cores))
         shares.append(limit / steady(ray))
         done = subprocess.run(list(map(str, article)), capture_output=True, text=True, check=True)
@@ -97,7 +89,6 @@ def measure_rounds(arguments, cores):
         print(f"  set-up: article {plain:.1f} s, ours {ray['setup_seconds']:.1f} s; ", end="")
         print(f"limit {1e3 * limit:.0f} ms, Ray {1e3 * steady(ray):.0f} ms a round", flush=True)
     compare("steady round, predict: Ray / pool with initializer", rounds["predict"], "at most 1.03")
-    compare("fastest round, predict, chrt --batch 0: Ray / pool with initializer", fastest, "at most 1.03")
     compare("steady round, predict_on_batch: Ray / pool with initializer", rounds["predict_on_batch"], "at most 1.06")
     compare("set-up: bench_ray.py / the article's script", setups, "at most 0.6")
     compare("predict_on_batch under Ray: arithmetic limit / round", shares, "at least 0.65")
