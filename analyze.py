@@ -397,7 +397,8 @@ def draw(family):
                 speedup = compare(some, here["ray"])
                 axes.plot(x, fmean(speedup.ratios), "o", color=colour)
                 axes.plot([x, x], speedup.ratio or [math.nan] * 2, color=colour)
-    left.legend([left.bar(0, 0, color=colour) for colour in COLOURS.values()], COLOURS)
+    bars = [left.bar(0, 0, color=colour) for colour in COLOURS.values()]
+    left.legend(bars, COLOURS, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     caption = f"{some[0].host.name}, {some[0].host.cpu}; {size(family)} trials (dots).\n"
     caption += "Bars: mean, sample standard deviation."
     for axes in right:

@@ -64,14 +64,7 @@ def test_files_and_tests_that_the_readme_names_exist():
 def test_flags_that_the_readme_names_exist():
     helps = "".join(run(script, "--help").stdout for script in [*SCRIPTS, "analyze.py"])
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    foreign = {
-        "--generate",
-        "--working-dir",
-        "--stop",
-        "--no-config-cache",
-        "--quiet",
-        "--batch",
-    }  # of ray, pip and chrt
+    foreign = {"--generate", "--working-dir", "--stop", "--no-config-cache", "--quiet"}  # of Ray's command line and pip
     assert shown - foreign <= set(re.findall(r"--[a-z][a-z-]+", helps))
 
 
