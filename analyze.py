@@ -242,18 +242,21 @@ def claims(family):
 
 
 def doubts(here):
-    """Return warnings: threshold, remedy, and the numbers of the approaches that are beyond it."""
-    found = {}
+    """Return warnings: threshold, remedy, and the numbers of the approaches that are beyond it.
+
+    The load counts before the first trial: later ones begin while the load average still remembers the one before.
+    """
+    found, first = {}, min((some[0] for some in here.values()), key=lambda trial: trial.time, default=None)
     for name, some in here.items():
         values, cpus = seconds(some), some[0].host.logical_cpus
         spread = stdev(values) / fmean(values) if len(values) > 1 else 0
         slow = values[0] / median(values[1:]) if len(values) > 2 else 0
-        load = max(trial.host.load or 0 for trial in some)
+        load = some[0].host.load or 0
         for wrong, what, number in (
             (len(values) < 5, "fewer than 5 trials (run more)", f"{len(values)}"),
             (spread > 0.10, "standard deviation over 10 % of the mean (stop other work)", f"{spread:.0%}"),
             (slow > 1.25, "first trial over 1.25 times the median of the later (run again)", f"{slow:.2f}"),
-            (load > cpus, f"load average over {cpus} CPUs before a trial (stop other work)", f"{load:.1f}"),
+            (load > cpus and some[0] is first, f"load average over {cpus} CPUs (stop other work)", f"{load:.1f}"),
         ):
             if wrong:
                 found.setdefault(what, []).append(f"{name} {number}")

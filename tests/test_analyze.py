@@ -372,11 +372,14 @@ def test_warnings_of_a_kind_share_a_line():
     assert analyze.doubts(here(serial=[2, 2], ray=[1])) == ["fewer than 5 trials (run more): serial 2, ray 1"]
 
 
-def test_warning_of_load():
-    made = trials(*(record(RAY, k, 3.5, host__load=load) for k, load in enumerate([None, 0.1, 5.25, 4.0, 1])))
-    assert analyze.doubts(analyze.by_approach(made)) == [
-        "load average over 4 CPUs before a trial (stop other work): ray 5.2"
-    ]
+@pytest.mark.parametrize(
+    "loads, warned",
+    [([5.25, 1, 0.1], ["load average over 4 CPUs (stop other work): ray 5.2"]), ([4.0, 9, 9], []), ([None, 9, 9], [])],
+)
+def test_warning_of_load_before_the_first_trial(loads, warned):
+    made = [record(RAY, k, 3.5, host__load=load) for k, load in enumerate([*loads, 9, 9])]
+    later = [record(SERIAL, k, 3.5, host__load=9) for k in range(1, 6)]
+    assert analyze.doubts(analyze.by_approach(trials(*made, *later))) == warned
 
 
 # Grouping
