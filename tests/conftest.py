@@ -39,6 +39,13 @@ def load(name):
     return module
 
 
+def alive(process):
+    """Whether a process runs: a zombie does not, nor does one that ends while it is looked at."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Bench:
     """A bench script that runs in an empty folder and in a process group of its own, as it does under a shell."""
 
@@ -80,7 +87,15 @@ class Bench:
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("BENCH_MARK") == self.mark:
                     self.seen.add(process)
-        return [one for one in self.seen if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        return [one for one in self.seen if alive(one)]
+
+    def names(self):
+        """The names of the programs that live of the family."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+                found.append(process.name())
+        return found
 
     def left(self, seconds=10):
         """What lives of the family so long after."""

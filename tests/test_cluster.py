@@ -66,13 +66,20 @@ def raylet(node):
 
 def models(node):
     """The actors' processes on the node."""
-    return [process for process in raylet(node).children() if process.name().startswith("ray::Model")]
+    found = []
+    for process in raylet(node).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+            found += [process] if process.name().startswith("ray::Model") else []
+    return found
 
 
 def cores_of(process):
     """The sets of CPUs on which the kernel lets the threads of the process run."""
-    files = Path(f"/proc/{process.pid}/task").glob("*/status")
-    return {line.split()[1] for file in files for line in file.read_text().splitlines() if "Cpus_allowed_list" in line}
+    found = set()
+    for file in Path(f"/proc/{process.pid}/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # It has just ended.
+            found |= {line.split()[1] for line in file.read_text().splitlines() if "Cpus_allowed_list" in line}
+    return found
 
 
 def listening(process):

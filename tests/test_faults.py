@@ -172,7 +172,7 @@ def test_signal_in_a_round(start, number):
 def test_signal_at_set_up(start, approach, number):
     bench = start(approach, *ENDLESS)
     bench.wait_for(" data, ")  # TensorFlow is imported now, by the workers or in the script, or Ray is started.
-    while approach == "ray" and "raylet" not in [process.name() for process in bench.family()]:
+    while approach == "ray" and "raylet" not in bench.names():
         time.sleep(0.01)
     interrupt(bench, number)
     check_interrupted(bench, number)
