@@ -188,18 +188,19 @@ def check_files(output):
     return arrays[3]
 
 
-def announce(approach, where, **fields):
+def announce(approach, where, arguments, **fields):
     """Print what is about to be timed; return what all records say of the files, the machine and the versions."""
     model, data = (hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (filename, datafile))
     kind = "stand-in" if "stand_in" in np.load(datafile).files else "other"
     fields |= {"approach": approach, "model": model, "data": "mnist" if data == MNIST_SHA256 else kind}
     fields |= {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000}
-    print(f"{approach}: {fields['predict']} on {fields['data']} data, {where}", flush=True)
+    plan = f"{arguments.trials} trials of {arguments.rounds} rounds"
+    print(f"{approach}: {plan}, {fields['predict']} on {fields['data']} data, {where}", flush=True)
     host = {"name": platform.node(), "cpu": platform.processor(), "platform": platform.platform()}
     with contextlib.suppress(OSError, IndexError):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    host |= {"physical_cores": psutil.cpu_count(logical=False), "logical_cpus": psutil.cpu_count()}
-    host |= {"memory_bytes": psutil.virtual_memory().total, "load": os.getloadavg()[0]}
+    host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+    host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
     versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
     return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
@@ -309,7 +310,7 @@ def main():
     labels, cores = check_files(arguments.output), cores[: arguments.num_cpus]
     multiprocessing.set_start_method(arguments.start_method)
     approach = "multiprocessing" + "+initializer" * arguments.initializer
-    record = announce(approach, f"{len(cores)} cores: {cores}", num_cpus=len(cores), cores=cores, nodes=1)
+    record = announce(approach, f"{len(cores)} cores: {cores}", arguments, num_cpus=len(cores), cores=cores, nodes=1)
     record |= {"pinned": sys.platform == "linux", "start_method": multiprocessing.get_start_method()}
     filter_chatter()
     if record["start_method"] == "fork":

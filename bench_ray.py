@@ -48,6 +48,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about co
 # A private Ray then listens on loopback alone, as on macOS and Windows, for which Ray has this switch.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put actors behind all else, unlike the pool's.
+# Ray starts an agent of the dashboard even without one, and the driver would wait for it, a second or two, for nothing.
+os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
 # Two attempts of 40 s to reach a cluster that isn't there; Ray would make 20.
 os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 # Ray would print on stdout that an actor died, which the trial's line and record say, and errors a second time.
@@ -182,18 +184,19 @@ def check_files(output):
     return arrays[3]
 
 
-def announce(approach, where, **fields):
+def announce(approach, where, arguments, **fields):
     """Print what is about to be timed; return what all records say of the files, the machine and the versions."""
     model, data = (hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (filename, datafile))
     kind = "stand-in" if "stand_in" in np.load(datafile).files else "other"
     fields |= {"approach": approach, "model": model, "data": "mnist" if data == MNIST_SHA256 else kind}
     fields |= {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000}
-    print(f"{approach}: {fields['predict']} on {fields['data']} data, {where}", flush=True)
+    plan = f"{arguments.trials} trials of {arguments.rounds} rounds"
+    print(f"{approach}: {plan}, {fields['predict']} on {fields['data']} data, {where}", flush=True)
     host = {"name": platform.node(), "cpu": platform.processor(), "platform": platform.platform()}
     with contextlib.suppress(OSError, IndexError):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    host |= {"physical_cores": psutil.cpu_count(logical=False), "logical_cpus": psutil.cpu_count()}
-    host |= {"memory_bytes": psutil.virtual_memory().total, "load": os.getloadavg()[0]}
+    host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+    host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
     versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
     return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
@@ -262,13 +265,12 @@ def append(line, output):
 def start_ray(address, num_cpus):
     """Start a private Ray with so many CPUs, or connect to a cluster and give it the model and the data."""
     global filename, datafile
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}  # What goes wrong is raised, too.
     if address == "local":
         token = os.urandom(16).hex()
         # When this script has ended, however it did, what it started is killed: parts of Ray would live for a minute.
-        last = "read never; grep -ls $0 /proc/[0-9]*/environ | cut -d/ -f3 | xargs kill -9"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen(["sh", "-c", last, token], start_new_session=True, **pipes)
+        last = "read never; grep -ls $0 /proc/[0-9]*/environ | cut -d/ -f3 | xargs kill -9 2> /dev/null"
+        subprocess.Popen(["sh", "-c", last, token], stdin=subprocess.PIPE, start_new_session=True)
         # Without a token Ray would write one to the home folder; a process title would cover the environment in /proc.
         os.environ |= {"RAY_AUTH_TOKEN": token, "SPT_NOENV": "1"}
         ray.init(address, num_cpus=num_cpus, include_dashboard=False, **quiet)
@@ -319,7 +321,7 @@ def main():
         sys.exit("--num-cpus is for a private Ray: on a cluster every CPU gets an actor")
     labels, cores = check_files(arguments.output), cores[: arguments.num_cpus]
     where = f"{len(cores)} cores" if local else f"every CPU of the cluster at {arguments.address}"
-    record = announce("ray", where, start_method=None, pinned=sys.platform == "linux")
+    record = announce("ray", where, arguments, start_method=None, pinned=sys.platform == "linux")
     try:
         start_ray(arguments.address, len(cores))
     except SystemExit:  # Ray's answer to SIGTERM, with a status of its own

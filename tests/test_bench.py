@@ -3,6 +3,7 @@
 Oracles: a forward pass in numpy with the weights of the .keras file; the kernel's files under /proc and /sys.
 """
 
+import argparse
 import contextlib
 import datetime
 import hashlib
@@ -19,7 +20,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import APPROACHES, ROOT, run
+from conftest import APPROACHES, ROOT, load, run
 from test_train_model import weights
 
 pytestmark = pytest.mark.timeout(400)  # Many seconds each, and a busy machine takes a multiple.
@@ -79,7 +80,7 @@ def test_prints_what_a_person_reads_and_nothing_else(runs, approach, mode):
     trials, rounds = int(MODES[mode][1]), int(MODES[mode][3])
     where = f"{len(cores())} cores" + f": {cores()}" * (approach != "ray")
     first, *lines, last = stdout.splitlines()
-    assert first == f"{approach}: {mode} on stand-in data, {where}"
+    assert first == f"{approach}: {trials} trials of {rounds} rounds, {mode} on stand-in data, {where}"
     records = runs[approach, mode].records()
     assert [line.strip() for line in lines if line] == [
         f"trial {record['trial'] + 1}: {record['seconds']:.3f} s, accuracy {record['accuracy']:.4f}"
@@ -157,6 +158,15 @@ def test_analyze_accepts_the_records(runs):
     assert done.stderr == ""
     for approach in APPROACHES:
         assert done.stdout.count(f"| {approach} ") >= 2  # a row in the table of each mode
+
+
+def test_a_machine_that_hides_its_physical_cores_still_makes_a_record(trained, monkeypatch):
+    bench, count = load("bench_serial"), psutil.cpu_count
+    monkeypatch.setattr(bench, "filename", str(trained[0]))
+    monkeypatch.setattr(bench, "datafile", str(trained[1]))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: count() if logical else None)
+    host = bench.announce("serial", "", argparse.Namespace(trials=1, rounds=1))["host"]
+    assert host["physical_cores"] == host["logical_cpus"] == os.cpu_count()
 
 
 @linux_only
