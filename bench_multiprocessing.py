@@ -20,7 +20,6 @@ Prints a line for each trial, then their mean and standard deviation; appends a 
 """
 
 import argparse
-import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -32,7 +31,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -102,7 +100,7 @@ def load():
     model = tf.keras.models.load_model(filename)
     mnist = load_data()
     x_test = mnist[1][0] / 255.0
-    return model, x_test.astype("float32") if predict_on_batch else x_test
+    return model, tf.constant(x_test, tf.float32) if predict_on_batch else x_test
 
 
 def load_data():
@@ -194,8 +192,8 @@ def announce(approach, where, arguments, **fields):
     kind = "stand-in" if "stand_in" in np.load(datafile).files else "other"
     fields |= {"approach": approach, "model": model, "data": "mnist" if data == MNIST_SHA256 else kind}
     fields |= {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000}
-    plan = f"{arguments.trials} trials of {arguments.rounds} rounds"
-    print(f"{approach}: {plan}, {fields['predict']} on {fields['data']} data, {where}", flush=True)
+    plan = f"{arguments.trials} x {arguments.rounds} rounds of {fields['predict']}"
+    print(f"{approach}: {plan} on {fields['data']} data, {where}", flush=True)
     host = {"name": platform.node(), "cpu": platform.processor(), "platform": platform.platform()}
     with contextlib.suppress(OSError, IndexError):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]

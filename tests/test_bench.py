@@ -80,7 +80,7 @@ def test_prints_what_a_person_reads_and_nothing_else(runs, approach, mode):
     trials, rounds = int(MODES[mode][1]), int(MODES[mode][3])
     where = f"{len(cores())} cores" + f": {cores()}" * (approach != "ray")
     first, *lines, last = stdout.splitlines()
-    assert first == f"{approach}: {trials} trials of {rounds} rounds, {mode} on stand-in data, {where}"
+    assert first == f"{approach}: {trials} x {rounds} rounds of {mode} on stand-in data, {where}"
     records = runs[approach, mode].records()
     assert [line.strip() for line in lines if line] == [
         f"trial {record['trial'] + 1}: {record['seconds']:.3f} s, accuracy {record['accuracy']:.4f}"
