@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.timeout(400)  # A busy machine; on a quiet one none takes a minute.
-LIMIT = 45  # seconds that bench_ray.py waits for a round, set-up included: four actors start on two busy cores
+LIMIT = 30  # seconds that bench_ray.py waits for a round, set-up included: four actors start on two busy cores
 
 
 @pytest.fixture(scope="module")

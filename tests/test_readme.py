@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+import analyze
+
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ["train_model.py", "bench_serial.py", "bench_multiprocessing.py", "bench_ray.py"]
 
@@ -92,6 +94,17 @@ def test_what_an_initializer_cannot_do(example, trained, tmp_path):
     meant = [filenames[0]] * 10 + [filenames[1]] * 10
     assert sorted(set(answers)) == sorted(filenames)
     assert (answers == meant) == (example == "actors")
+
+
+def test_claims_about_speed_follow_from_the_records():
+    """Each row of analyze.py's claims stands in the README's table, with the command that checks it."""
+    family = analyze.report(analyze.read([ROOT / "results" / "results.jsonl"])[0])[2][0]
+    assert max(family) == 2 and family[2]["ray"][0].predict == "predict"
+    rows = analyze.claims(family)
+    assert len(rows) == 7
+    for claim, figure, limits, verdict in rows:
+        command = "make sweep" if "grows" in claim else "make"
+        assert f"| {claim} | {figure}: {limits} | `{command}` | {verdict} |\n" in README
 
 
 def on_paper():
