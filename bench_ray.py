@@ -231,18 +231,20 @@ def run_trials(arguments, record, labels, one_round, workers):
         if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
             found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
             sys.exit(f"\nwrong answers by {filename}, trial not recorded: {found}: {REMEDY}")
-        seconds.append(sum(round_seconds))
+        total = sum(round_seconds)
+        seconds += [total] * (not restarts)  # A trial in which a worker died does not measure speed.
         now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
-        result = {"trial": trial, "time": now, "seconds": seconds[-1], "round_seconds": round_seconds}
+        result = {"trial": trial, "time": now, "seconds": total, "round_seconds": round_seconds}
         result |= {"accuracy": accuracy, "predictions": digest, "restarts": restarts}
         result["cpu_seconds"] = sum(used - before.get(process, (0,))[0] for process, (used, _) in after.items())
         result["memory_bytes"] = sum(memory for _, memory in after.values())
         append(json.dumps(result | record).encode() + b"\n", arguments.output)
         restarted = f", {restarts} restarted" if restarts else ""
-        print(f"\rtrial {trial + 1}: {seconds[-1]:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
+        print(f"\rtrial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
     spread = f"{np.std(seconds, ddof=1):.3f} s" if len(seconds) > 1 else "unknown"
     counts = f"{len(seconds)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
-    times = f"mean {np.mean(seconds):.3f} s, standard deviation {spread} ({counts})"
+    mean = f"{np.mean(seconds):.3f} s" if seconds else "unknown"
+    times = f"mean {mean}, standard deviation {spread} ({counts})"
     print(f"{times}; set-up {record['setup_seconds']:.1f} s, not timed")
 
 

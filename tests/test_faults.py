@@ -69,6 +69,8 @@ def test_killed_actors_come_back_and_the_run_goes_on(ray_run):
     lines = [line.strip() for line in stdout.splitlines() if line]
     assert [line.rpartition(", ")[2] for line in lines[1:3]] == ["1 restarted", "2 restarted"]
     assert len(lines) == 5, "Ray has printed something"
+    one = f"mean {records[2]['seconds']:.3f} s, standard deviation unknown (1 trials of 25 rounds"
+    assert lines[4].startswith(one), "only the undisturbed trial counts"
     assert set(stderr.splitlines()[1:]) == {
         f"trial {t} of 3, round {r} of 25 " for t in (1, 2, 3) for r in range(1, 26)
     }
