@@ -268,12 +268,12 @@ def start_ray(address, num_cpus):
     global filename, datafile
     quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}  # What goes wrong is raised, too.
     if address == "local":
-        token = os.urandom(16).hex()
+        token, mark = os.urandom(16).hex(), os.urandom(16).hex()  # All users can see the mark, in ps; not the token.
         # When this script has ended, however it did, what it started is killed: parts of Ray would live for a minute.
         last = "read never; grep -ls $0 /proc/[0-9]*/environ | cut -d/ -f3 | xargs kill -9 2> /dev/null"
-        subprocess.Popen(["sh", "-c", last, token], stdin=subprocess.PIPE, start_new_session=True)
+        subprocess.Popen(["sh", "-c", last, mark], stdin=subprocess.PIPE, start_new_session=True)
         # Without a token Ray would write one to the home folder; a process title would cover the environment in /proc.
-        os.environ |= {"RAY_AUTH_TOKEN": token, "SPT_NOENV": "1"}
+        os.environ |= {"RAY_AUTH_TOKEN": token, "BENCH_RAY": mark, "SPT_NOENV": "1"}
         # Without this impossible port Ray would start a part of the dashboard nevertheless, and wait for it.
         ray.init(address, num_cpus=num_cpus, include_dashboard=False, dashboard_port=-1, **quiet)
     else:
