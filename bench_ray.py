@@ -172,6 +172,7 @@ def check_files(output):
     if not zipfile.is_zipfile(filename):
         sys.exit(f"no model, or not all of its file, at {filename}: {REMEDY}")
     try:
+        zipfile.ZipFile(datafile).close()  # What NumPy says of a file that is no zip is an advice to unpickle it.
         arrays = [array for part in load_data() for array in part]
         shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
         found = [array.shape for array in arrays if array.dtype == np.uint8]
