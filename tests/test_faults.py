@@ -81,7 +81,7 @@ def test_analysis_shows_trials_with_restarts_and_keeps_them_out_of_the_means(ray
     done = run("analyze.py", ray_run.results)
     assert done.returncode == 0, done.stderr
     for record in ray_run.records()[:2]:
-        assert f"ray, {record['seconds']:#.3g} s, {record['restarts']} workers replaced" in done.stdout
+        assert f"ray, {record['seconds']:.3g} s, {record['restarts']} workers replaced" in done.stdout
     [row] = [line for line in done.stdout.splitlines() if line.startswith("| ray ")]
     trials, seconds = [cell.strip() for cell in row.split("|")][2:4]
     assert (trials, float(seconds.split()[0])) == ("1", pytest.approx(ray_run.records()[2]["seconds"], rel=0.01))
