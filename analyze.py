@@ -45,7 +45,8 @@ NOTES = """# Expensive initialization: Ray, multiprocessing and serial Python
 Intervals: 95 % confidence, Student's t; paired where the trials took turns, else unpaired (Welch); of speedups on logs.
 Article: 48 physical cores (m5.24xlarge), five trials: Ray 5 s, multiprocessing 126 s (25x), serial 64 s (13x).
 A claim holds if the interval of its figure lies above the threshold, and does not hold here if it lies below. Excess:
-mean distance from the median, s, less 1.41 times the initializer's. Share: of Ray's saving, what an initializer saves.
+mean distance from the median, s, less 1.41 times the initializer's; over 0, reloading makes most of the variance.
+Share: of the time that Ray saves over multiprocessing, the part that loading once, by an initializer, saves, too.
 """
 
 
@@ -160,8 +161,8 @@ def cores_busy(trials):
     return [trial.cpu_seconds / trial.seconds for trial in trials if trial.cpu_seconds is not None]
 
 
-def interval(a, b=None, paired=True):
-    """Return the 95 % confidence interval (low, high) of mean(a), or of mean(a) - mean(b); None if below 2 values.
+def interval(a, b=None, paired=True, level=0.95):
+    """Return the confidence interval (low, high) of mean(a), or of mean(a) - mean(b); None if below 2 values.
 
     By Student's t: of the differences a[k] - b[k] if paired, Welch's if not.
     """
@@ -172,23 +173,23 @@ def interval(a, b=None, paired=True):
 
     with warnings.catch_warnings(action="ignore"):  # about equal values, whose interval has no width
         test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
-        return tuple(map(float, test.confidence_interval(0.95)))
+        return tuple(map(float, test.confidence_interval(level)))
 
 
 Comparison = namedtuple("Comparison", "ratios kind ratio difference")
 
 
-def compare(a, b):
+def compare(a, b, level=0.95):
     """Compare the seconds of trials a with those of b; either may be empty.
 
     Returns a Comparison: ratios a / b, k-th over k-th; "paired" where the trials took turns (the k-th of each came
-    before the next of the other), else "unpaired"; the 95 % intervals of ratio and difference a - b (seconds), or None.
+    before the next of the other), else "unpaired"; the intervals of ratio and difference a - b (seconds), or None.
     """
     turns = [*zip(a, b[1:], strict=False), *zip(b, a[1:], strict=False)]
     paired = len(a) == len(b) and all(one.time <= later.time for one, later in turns)
-    logs = interval([math.log(value) for value in seconds(a)], [math.log(value) for value in seconds(b)], paired)
+    logs = interval([math.log(value) for value in seconds(a)], [math.log(value) for value in seconds(b)], paired, level)
     ratios = [x / y for x, y in zip(seconds(a), seconds(b), strict=False)]
-    ratio, difference = logs and [math.exp(limit) for limit in logs], interval(seconds(a), seconds(b), paired)
+    ratio, difference = logs and [math.exp(limit) for limit in logs], interval(seconds(a), seconds(b), paired, level)
     return Comparison(ratios, "paired" if paired else "unpaired", ratio, difference)
 
 
@@ -203,8 +204,11 @@ def deviations(values):
 
 
 def saved_share(pool, initializer, ray):
-    """Return bounds of (pool - initializer) / (pool - ray), mean seconds, from the intervals of two differences."""
-    by_ray, left = compare(pool, ray).difference, compare(initializer, ray).difference
+    """Return a 95 % interval of (pool - initializer) / (pool - ray), mean seconds, or None.
+
+    From 97.5 % intervals of two differences: both contain the true value with 95 % confidence (Bonferroni).
+    """
+    by_ray, left = compare(pool, ray, 0.975).difference, compare(initializer, ray, 0.975).difference
     if not (by_ray and left) or by_ray[0] <= 0 <= by_ray[1]:
         return by_ray and left and (-math.inf, math.inf)
     shares = [1 - some / saved for some in left for saved in by_ray]
@@ -232,7 +236,7 @@ def claims(family):
         ("loading is what Ray saves", "share", 0.8, saved_share(pool, initializer, ray)),
     ):
         if not limits:
-            verdict = "cannot tell: needs 3 trials of each, and several cores"
+            verdict = "cannot tell: needs 3 trials of each approach, or more cores"
         elif limits[0] <= threshold <= limits[1]:
             verdict = "cannot tell: needs more trials or a quieter machine"
         else:
@@ -242,21 +246,16 @@ def claims(family):
 
 
 def doubts(here):
-    """Return warnings: threshold, remedy, and the numbers of the approaches that are beyond it.
-
-    The load counts before the first trial: later ones begin while the load average still remembers the one before.
-    """
-    found, first = {}, min((some[0] for some in here.values()), key=lambda trial: trial.time, default=None)
+    """Return warnings: threshold, remedy, and the numbers of the approaches that are beyond it."""
+    found = {}
     for name, some in here.items():
-        values, cpus = seconds(some), some[0].host.logical_cpus
+        values = seconds(some)
         spread = stdev(values) / fmean(values) if len(values) > 1 else 0
         slow = values[0] / median(values[1:]) if len(values) > 2 else 0
-        load = some[0].host.load or 0
         for wrong, what, number in (
             (len(values) < 5, "fewer than 5 trials (run more)", f"{len(values)}"),
             (spread > 0.10, "standard deviation over 10 % of the mean (stop other work)", f"{spread:.0%}"),
             (slow > 1.25, "first trial over 1.25 times the median of the later (run again)", f"{slow:.2f}"),
-            (load > cpus and some[0] is first, f"load average over {cpus} CPUs (stop other work)", f"{load:.1f}"),
         ):
             if wrong:
                 found.setdefault(what, []).append(f"{name} {number}")
@@ -299,16 +298,21 @@ def title(trial):
 
 
 def heading(trials):
-    """Return what the trials of a family share, and when they were measured; made-up data loudly."""
-    one, host, times = trials[0], trials[0].host, [trial.time for trial in trials]
-    versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
+    """Return what the trials of a family share, and when they were measured; made-up data loudly.
+
+    The load counts before the first trial: later ones begin while the average remembers the one before.
+    """
+    one, times = min(trials, key=lambda trial: trial.time), [trial.time for trial in trials]
+    host, load = one.host, one.host.load or 0
     machine = f"{host.name}, {host.cpu}, {host.physical_cores} physical cores, {host.logical_cpus} CPUs"
     return (
         f"## {title(one)}\n\n"
         + "**STAND-IN DATA: drawn digits, not MNIST. Say so with every figure.**\n\n" * (one.data == "stand-in")
         + f"- Machine: {plain(machine)}, {host.memory_bytes / 2**30:.1f} GiB, {plain(host.platform)}\n"
-        + f"- Versions: {plain(versions)}; model {one.model[:12]}\n"
+        + f"- Versions: {plain(', '.join(map(' '.join, one.versions.items())))}; model {one.model[:12]}\n"
         + f"- Measured: {min(times):%Y-%m-%d %H:%M} to {max(times):%Y-%m-%d %H:%M} UTC, {len(trials)} trials\n"
+        + f"- **Warning:** load average over the CPUs at the start (stop other work): {load:.1f}\n"
+        * (load > host.logical_cpus)
     )
 
 
