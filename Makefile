@@ -22,18 +22,18 @@ all: measure analyze
 
 # One trial at a time, of the approach that has the fewest: a machine that drifts hits all alike, and what was
 # finished before an interruption counts.
-measure: $(MODEL)
+measure: train
 	@while next=$$($(RUN) analyze.py --next $(TRIALS) --cores "$(CORES)" --rounds $(ROUNDS) --model $(MODEL) \
 		--data $(DATA) $(FLAGS) $(RESULTS)) || exit 1; [ -n "$$next" ]; do eval "$(RUN) $$next" || exit 1; done
 
-analyze:
+analyze: | .venv/ready
 	$(RUN) analyze.py --figure $(FIGURE) $(RESULTS)
 
 sweep: CORES = $(SWEEP)
 sweep: all
 
-$(MODEL): | .venv/ready
-	$(RUN) train_model.py --model $(MODEL) --data $(DATA)
+train: | .venv/ready
+	@test -e $(MODEL) && test -e $(DATA) || $(RUN) train_model.py --model $(MODEL) --data $(DATA)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -51,11 +51,11 @@ lint: .venv/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-benchmark: $(MODEL) .venv/ready-dev
+benchmark: train .venv/ready-dev
 	$(RUN) tests/benchmarks/overhead.py --model $(MODEL) --data $(DATA)
 
 clean:
 	rm -rf .venv
 
 .NOTPARALLEL:
-.PHONY: all measure analyze sweep test lint benchmark clean
+.PHONY: all measure analyze sweep train test lint benchmark clean
