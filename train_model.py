@@ -98,7 +98,7 @@ def download(data):
     print("fetching MNIST, for a minute at most", file=sys.stderr)
     done = subprocess.run([sys.executable, "-P", "-c", DOWNLOAD, data], capture_output=True, text=True)
     if done.returncode:  # -14: ended by the alarm
-        print("NO MNIST:", "too slow" if done.returncode == -14 else done.stderr.splitlines()[-1], file=sys.stderr)
+        print("NO MNIST:", "too slow" if done.returncode == -14 else done.stderr.split("\n")[-2:][0], file=sys.stderr)
     return done.returncode == 0
 
 
