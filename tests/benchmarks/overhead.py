@@ -2,7 +2,7 @@
 
     make benchmark      # or: python tests/benchmarks/overhead.py --model /tmp/model.keras --data /tmp/mnist.npz
 
-Every line: what is compared, the median of the ratios of the passes, their least and greatest, and the aim.
+Every line: what is compared, the median of the ratios of the passes, their least and greatest, and the aim, if any.
 """
 
 import argparse
@@ -94,6 +94,43 @@ def measure_rounds(arguments, cores):
     compare("predict_on_batch under Ray: arithmetic limit / round", shares, "at least 0.65")
 
 
+def measure_idle_ray(arguments, cores, rounds=3):
+    """Compare rounds of the pool with initializer beside an idle private Ray, running and stopped (SIGSTOP).
+
+    The ratio is what Ray's mere presence costs on these cores, whoever uses them.
+    """
+    import keras  # noqa: F401 - The workers inherit it.
+    import psutil
+
+    import bench_multiprocessing
+    import bench_ray
+
+    bench_multiprocessing.filename, bench_multiprocessing.datafile = arguments.model, arguments.data
+    queue = multiprocessing.SimpleQueue()
+    for core in cores:
+        queue.put(core)
+    ratios = []
+    with multiprocessing.get_context("fork").Pool(len(cores), bench_multiprocessing.initialize, (queue,)) as pool:
+        workers = set(psutil.Process().children(recursive=True))
+        bench_ray.start_ray("local", len(cores))
+        others = set(psutil.Process().children(recursive=True)) - workers
+
+        def seconds():
+            start = time.perf_counter()
+            bench_multiprocessing.one_round(pool, cores, bench_multiprocessing.evaluate_next_batch_initialized)
+            return time.perf_counter() - start
+
+        for _ in range(4 * arguments.passes):
+            running = statistics.median(seconds() for _ in range(rounds))
+            for process in others:
+                process.suspend()
+            stopped = statistics.median(seconds() for _ in range(rounds))
+            for process in others:
+                process.resume()
+            ratios.append(running / stopped)
+    compare("steady round of the pool, predict: beside an idle Ray / beside the same, stopped", ratios, "none")
+
+
 def measure_harness(num_actors, rounds=100):
     """Print the milliseconds of a round in the harness and in bare Ray calls, with nothing to predict, taking turns."""
     import numpy as np
@@ -153,8 +190,10 @@ def main():
 
     measure_rounds(arguments, physical_cores())
     measure_analysis(arguments)
-    for num_actors in (1, 2, 8, 32):  # Each in a process of its own: Ray keeps a token as long as its process lives.
-        process = multiprocessing.get_context("spawn").Process(target=measure_harness, args=(num_actors,))
+    parts = [(measure_idle_ray, (arguments, physical_cores()))]
+    parts += [(measure_harness, (num_actors,)) for num_actors in (1, 2, 8, 32)]
+    for target, args in parts:  # Each in a process of its own: Ray keeps a token as long as its process lives.
+        process = multiprocessing.get_context("spawn").Process(target=target, args=args)
         process.start()
         process.join()
 
