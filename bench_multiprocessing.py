@@ -8,7 +8,7 @@ Differences from the article:
 - workers pin themselves to the physical cores that this process may use, with all their threads;
 - workers run as batch work (SCHED_BATCH), or TensorFlow's predict often waits a third of a second for itself;
 - the data comes from a file, never from the network;
-- with --initializer, the workers have loaded and answered one batch before the clock starts;
+- the workers have answered one batch before the clock starts: TensorFlow does some things once in a process;
 - a worker that dies ends the script, where pool.map would wait for ever;
 - every answer is checked, and every trial is recorded with what is needed to judge it.
 
@@ -19,11 +19,16 @@ Differences from the article:
 Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
 """
 
+import time
+
+STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+
 import argparse
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -32,10 +37,7 @@ import platform
 import signal
 import subprocess
 import threading
-import time
 import zipfile
-
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
 
 def end(status):
@@ -78,7 +80,8 @@ def evaluate_next_batch(core):
 
 
 def initialize(queue):
-    # Where all workers set up alike, Pool(num_cpus, initialize, (queue,)) can do it once in each worker instead.
+    # Where all workers set up alike, Pool(num_cpus, initialize, (queue,)) can do it once in each worker instead. The
+    # queue, a multiprocessing.SimpleQueue, holds a core for each.
     global model, x_test
     pin(queue.get())
     model, x_test = load()
@@ -117,7 +120,7 @@ def predict(model, x_test):
 def pin(core):
     """Move this process to one core with all its threads: those that TensorFlow has started would stay behind."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
@@ -200,7 +203,8 @@ def announce(approach, where, arguments, **fields):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
     host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
-    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
+    names = filter(importlib.util.find_spec, ("tensorflow", "keras", "numpy", "ray"))  # Two scripts do without Ray.
+    versions = {name: importlib.metadata.version(name) for name in names}
     return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
 
@@ -276,16 +280,14 @@ def filter_chatter():
 
 
 def work(arguments, queue, problems):
-    """Set a worker up: arguments (a spawned process has only the defaults), Keras, then the initializer, if any."""
+    """Set a worker up: arguments (a spawned process has only the defaults), then the initializer, or a first call."""
     if queue.empty():  # The pool has replaced a worker that died: the script is about to end.
         os._exit(1)
     globals().update(vars(arguments))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the script ends its workers,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which must end at once: a handler would wait for a pool's lock.
-    import keras  # noqa: F401 - A call loads the model and the data; the library belongs to the set-up.
-
     try:
-        initialize(queue) if arguments.initializer else queue.get()
+        initialize(queue) if arguments.initializer else evaluate_next_batch(queue.get())
         problems.put(None)
     except Exception as error:  # Raised here, it would end the worker, and the pool would start another, for ever.
         problems.put(str(error))
@@ -297,9 +299,11 @@ def watch(workers):
     if threading.main_thread().is_alive():  # Otherwise the script is at its end and has terminated the pool.
         while not (dead := [worker for worker in workers if worker.exitcode]):
             time.sleep(0.01)  # The pool is looking, too, and one of the two is told.
-        cause = signal.Signals(-dead[0].exitcode).name if dead[0].exitcode < 0 else f"exit status {dead[0].exitcode}"
-        print(f"\n{dead[0].name} (process {dead[0].pid}) died: {cause}. Out of memory?", file=sys.stderr, flush=True)
-        end(128 + signal.SIGTERM if dead[0].exitcode == -signal.SIGTERM else 1)
+        code = dead[0].exitcode
+        cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        cause += " (out of memory?)" * (code == -signal.SIGKILL)
+        print(f"\n{dead[0].name} (process {dead[0].pid}) died: {cause}", file=sys.stderr, flush=True)
+        end(128 + signal.SIGTERM if code == -signal.SIGTERM else 1)
 
 
 def main():

@@ -20,11 +20,16 @@ Differences from the article:
 Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
 """
 
+import time
+
+STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+
 import argparse
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -32,10 +37,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 import zipfile
-
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
 # Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
 # imports swallow exceptions).
@@ -78,6 +80,7 @@ class Model:
         self.core = cores[i % len(cores)]
         pin(self.core)
         self.model, self.x_test = load()
+        predict(self.model, self.x_test)  # The first call traces the model.
 
     def evaluate_next_batch(self):
         # The same images in each round; an application would have new ones.
@@ -112,7 +115,7 @@ def predict(model, x_test):
 def pin(core):
     """Move this process to one core with all its threads: those that TensorFlow has started would stay behind."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
@@ -197,7 +200,8 @@ def announce(approach, where, arguments, **fields):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
     host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
-    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
+    names = filter(importlib.util.find_spec, ("tensorflow", "keras", "numpy", "ray"))  # Two scripts do without Ray.
+    versions = {name: importlib.metadata.version(name) for name in names}
     return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
 
@@ -334,11 +338,12 @@ def main():
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # Ray has set its own.
     try:
         actors = start_actors()
+        if not actors:
+            raise RuntimeError("the cluster has no CPU (see ray status)")
 
         def ask(question):
             return get(question(actors), arguments.wait)
 
-        ask(one_round)
         nodes, _, cores = zip(*ask(locate), strict=True)
         record |= {"num_cpus": len(actors), "cores": cores, "nodes": len(set(nodes))}
         if not local:
@@ -346,7 +351,7 @@ def main():
         run_trials(arguments, record, labels, lambda: ask(one_round), lambda: ask(locate))
     except Exception as error:
         cause = getattr(error, "cause", None) or str(error).strip().rpartition("\n")[2]  # The rest is a traceback.
-        sys.exit(f"\nRay: {cause}\n(model {filename}, data {datafile}): {REMEDY}")
+        sys.exit(f"\nRay: {cause}\n(model {arguments.filename}, data {arguments.datafile}): {REMEDY}")
 
 
 if __name__ == "__main__":
@@ -355,7 +360,7 @@ if __name__ == "__main__":
 # snippet: start
 if __name__ == "__main__":
     num_cpus = len(physical_cores())
-    ray.init(num_cpus=num_cpus)
+    ray.init("local", num_cpus=num_cpus)  # "local": a cluster that is running already is left alone.
     actors = [Model.remote(i) for i in range(num_cpus)]
     for _ in range(10):
         results = ray.get(one_round(actors))

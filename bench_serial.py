@@ -15,22 +15,24 @@ Differences from the article, which shows no code for this one:
 Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
 """
 
+import time
+
+STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+
 import argparse
 import contextlib
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
-import time
 import zipfile
-
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
 
 # Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
 # imports swallow exceptions).
@@ -153,7 +155,8 @@ def announce(approach, where, arguments, **fields):
         host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
     host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
-    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "ray")}
+    names = filter(importlib.util.find_spec, ("tensorflow", "keras", "numpy", "ray"))  # Two scripts do without Ray.
+    versions = {name: importlib.metadata.version(name) for name in names}
     return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
 
 
@@ -240,7 +243,7 @@ def main():
         cpus = [cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in names]
         for thread in psutil.Process().threads():  # NumPy's are there; TensorFlow's will inherit this.
             psutil.Process(thread.id).cpu_affinity(cpus)
-        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself (README).
+        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         model, x_test = load()

@@ -124,7 +124,7 @@ def check_end_of_pool(bench):
     status, _, stderr = bench.finish(10)
     assert status == 1
     last = stderr.splitlines()[-1]
-    assert f"(process {bench.killed[0]}) died: SIGKILL. Out of memory?" in last and "PoolWorker-" in last
+    assert f"(process {bench.killed[0]}) died: SIGKILL (out of memory?)" in last and "PoolWorker-" in last
     assert "Traceback" not in stderr and "Warning" not in stderr
     assert kept(bench) >= 1
 
