@@ -339,7 +339,7 @@ def main():
     try:
         actors = start_actors()
         if not actors:
-            raise RuntimeError("the cluster has no CPU (see ray status)")
+            sys.exit(f"no CPU in the cluster at {arguments.address}: see ray status")
 
         def ask(question):
             return get(question(actors), arguments.wait)

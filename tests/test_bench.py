@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -167,6 +168,15 @@ def test_a_machine_that_hides_its_physical_cores_still_makes_a_record(trained, m
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: count() if logical else None)
     host = bench.announce("serial", "", argparse.Namespace(trials=1, rounds=1))["host"]
     assert host["physical_cores"] == host["logical_cpus"] == os.cpu_count()
+
+
+def test_a_script_that_does_without_ray_makes_a_record_where_ray_is_not_installed(trained, monkeypatch):
+    bench, find = load("bench_serial"), importlib.util.find_spec
+    monkeypatch.setattr(bench, "filename", str(trained[0]))
+    monkeypatch.setattr(bench, "datafile", str(trained[1]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    versions = bench.announce("serial", "", argparse.Namespace(trials=1, rounds=1))["versions"]
+    assert set(versions) == {"tensorflow", "keras", "numpy", "python"}
 
 
 @linux_only

@@ -246,3 +246,17 @@ def test_the_address_for_jobs_is_refused(start, cluster):
     bench = start("ray", RAY_ADDRESS=f"http://{cluster.webui_url}")
     status, out, err = bench.finish()
     assert status == 1 and cluster.webui_url in err and "--address auto" in err and "Traceback" not in err
+
+
+def test_a_cluster_without_a_cpu_says_so(cluster, start):
+    """The last test here: Ray notes its newest cluster as the one that "auto" means."""
+    from ray.cluster_utils import Cluster
+
+    empty = Cluster()
+    empty.add_node(num_cpus=0, dashboard_port=0, dashboard_agent_listen_port=0)
+    address = empty.address
+    try:
+        status, _, stderr = start("ray", "--address", address).finish()
+    finally:
+        empty.shutdown()
+    assert (status, stderr) == (1, f"no CPU in the cluster at {address}: see ray status\n")
