@@ -179,6 +179,23 @@ def test_a_script_that_does_without_ray_makes_a_record_where_ray_is_not_installe
     assert set(versions) == {"tensorflow", "keras", "numpy", "python"}
 
 
+@pytest.mark.parametrize("script, initializer", [("ray", None), ("multiprocessing", False), ("multiprocessing", True)])
+def test_a_worker_has_answered_a_batch_when_it_is_set_up(script, initializer, monkeypatch):
+    bench, asked = load(f"bench_{script}"), []
+    monkeypatch.setattr(bench, "pin", lambda core: None)
+    monkeypatch.setattr(bench, "load", lambda: ("model", "images"))
+    monkeypatch.setattr(bench, "predict", lambda *what: asked.append(what))
+    if script == "ray":
+        bench.Model.__ray_metadata__.modified_class(0)
+    else:
+        queue, problems = multiprocessing.SimpleQueue(), multiprocessing.SimpleQueue()
+        queue.put(0)
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # The tests' own stay.
+        bench.work(argparse.Namespace(initializer=initializer), queue, problems)
+        assert problems.get() is None
+    assert asked == [("model", "images")]
+
+
 @linux_only
 def test_each_worker_has_a_core_of_its_own_for_all_its_threads(start):
     long = ["--trials", "1", "--rounds", "100000", "--predict-on-batch"]
