@@ -193,16 +193,16 @@ def test_a_node_dies_and_another_joins(cluster, start, files, alone):
         raylet(doomed).kill()
         done = len(bench.records())
         with added(cluster) as joined:
-            bench.wait_for(f"trial {done + 3}:")
-            assert "1 restarted" in bench.out.read_text()
+            bench.wait_for("1 restarted")  # An actor may outlive its raylet for a second, which is some trials.
             [actor] = models(joined)
             assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(joined).kill()
             status, out, err = bench.finish()
     assert status == 1 and "no answer for" in err and f"giving up after {LIMIT} s" in err and "Traceback" not in err
     records = bench.records()
-    assert [record["trial"] for record in records] == list(range(len(records))) and len(records) >= done + 2
-    assert [record["restarts"] for record in records] == [0] * done + [1] + [0] * (len(records) - done - 1)
+    assert [record["trial"] for record in records] == list(range(len(records)))
+    restarts = [record["restarts"] for record in records]
+    assert sorted(restarts) == [0] * (len(records) - 1) + [1] and restarts.index(1) >= done
     assert {record["predictions"] for record in records} == {alone["record"]["predictions"]}
     assert {(record["num_cpus"], record["nodes"]) for record in records} == {(2, 2)}
 
