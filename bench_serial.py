@@ -3,11 +3,11 @@
 The serial side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
 multiprocessing". The process is serial; TensorFlow is not, it uses several threads.
 
-Differences from the article, which shows no code for this one:
+The article shows no code for this one. What matters when it is compared with the others:
 - model and data are loaded, and one batch is answered, before the clock starts;
-- with fewer cores than the machine has (--num-cpus, taskset, a container) TensorFlow is kept to those cores, too;
-- it runs as batch work (SCHED_BATCH), or TensorFlow's predict often waits a third of a second for itself;
-- every answer is checked, and every trial is recorded with what is needed to judge it.
+- TensorFlow may use the same physical cores as the parallel scripts, hyper-threads included;
+- `predict` gets its images as batches whose pipeline has no autotuner: its end can cost a call 0.3 s;
+- every answer is checked; a wrong one ends the script, and its trial is not recorded.
 
     python train_model.py     # once
     python bench_serial.py    # five trials of ten rounds
@@ -21,74 +21,68 @@ STARTED = time.perf_counter()  # Set-up is timed from here: the imports below be
 
 import argparse
 import contextlib
-import datetime
-import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import zipfile
-
-# Ctrl-C ends the script with status 130 and SIGTERM with 143, without a traceback, from the first slow import on (some
-# imports swallow exceptions).
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: os._exit(128 + number))
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # No INFO lines from TensorFlow; its warnings and errors stay.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # The benchmark is about cores.
-
-# snippet: start
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+# What goes wrong in TensorFlow is raised as an exception, too; and the benchmark is about cores.
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+
 filename = "/tmp/model.keras"
 datafile = "/tmp/mnist.npz"
-predict_on_batch = False  # True: one call on float32 images instead of Keras's loop over batches of 32
+
+# The article's part, with its clock
 
 
-def one_round(model, x_test, num_cpus):
-    # The work of the parallel versions in one process: the same batch once for each core.
-    return [predict(model, x_test) for _ in range(num_cpus)]
+def serial_rounds(model, x_test, mode, num_cpus, rounds):
+    """Yield the seconds and the answers of each round: the batches of all cores, one after the other."""
+    for _ in range(rounds):
+        start = time.perf_counter()
+        results = [predict(model, x_test, mode) for _ in range(num_cpus)]
+        yield time.perf_counter() - start, results
 
 
-def load():
-    """Load from disk what a worker needs: the model, and the test images (10000, 28, 28) scaled to 0..1."""
-    import tensorflow as tf  # Not at the top: a wrong argument or a missing file must not wait four seconds for it.
+def load(filename, datafile, mode):
+    """Load what a worker needs: the model, and the 10,000 test images, scaled to 0..1, as predict() takes them."""
+    import tensorflow as tf  # Not at the top: a mistyped argument need not wait for it.
 
     model = tf.keras.models.load_model(filename)
-    mnist = load_data()
-    x_test = mnist[1][0] / 255.0
-    return model, tf.constant(x_test, tf.float32) if predict_on_batch else x_test
+    mnist = dict(np.load(datafile))  # All four arrays, as the article's mnist.load_data() reads them.
+    x_test = mnist["x_test"] / 255.0
+    if mode == "predict_on_batch":
+        return model, tf.constant(x_test, tf.float32)
+    # The batches that Keras would make of the array, less its pipeline's autotuner, which can end 0.3 s late.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return model, tf.data.Dataset.from_tensor_slices(x_test).batch(32).with_options(options)
 
 
-def load_data():
-    """Read all four arrays, as tf.keras.datasets.mnist.load_data() does once it has downloaded them."""
-    with np.load(datafile) as file:
-        return (file["x_train"], file["y_train"]), (file["x_test"], file["y_test"])
+def predict(model, x_test, mode):
+    """Return the probability of each digit for each image: (10000, 10), float32."""
+    return model.predict_on_batch(x_test) if mode == "predict_on_batch" else model.predict(x_test, verbose=0)
 
 
-def predict(model, x_test):
-    """Return the class probabilities of all images: (10000, 10), float32."""
-    return model.predict_on_batch(x_test) if predict_on_batch else model.predict(x_test, verbose=0)
+# Cores
 
 
 def physical_cores():
     """Return one CPU for each physical core that this process may use, sorted; no more than a container's quota."""
     if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
         return list(range(psutil.cpu_count(logical=False) or 1))
-    allowed = sorted(psutil.Process().cpu_affinity(), reverse=True)
-    cores = sorted({core_of(cpu): cpu for cpu in allowed}.values())
+    cores = sorted({core_of(cpu): cpu for cpu in psutil.Process().cpu_affinity()}.values())
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return cores[: max(1, int(quota) // int(period))]
-    except (OSError, ValueError):  # no such file, or "max": no quota
+    except (OSError, ValueError):  # No such file, or "max": no quota.
         return cores
 
 
@@ -98,168 +92,140 @@ def core_of(cpu):
     return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
 
 
-# snippet: end
+def keep_to(cores):
+    """Let this process use these physical cores alone, with their hyper-threads."""
+    if hasattr(psutil.Process, "cpu_affinity"):
+        wanted = {core_of(core) for core in cores}
+        psutil.Process().cpu_affinity([cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in wanted])
+
+
+# The harness, the same in all bench scripts
 
 ACCURACY_FLOOR = 0.9  # on the test images; below it, model or data is not what it should be
-MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"  # of the file that Keras downloads
-REMEDY = "run python train_model.py, or name another file with --model or --data"
+MNIST_SHA256 = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021"  # of its arrays' bytes
 
 
-def parse_arguments(cores, *flags):
-    """Parse the flags that all bench scripts share, and this one's own. Exit with status 2 if they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, file = parser.add_argument, {"metavar": "FILE", "type": os.path.abspath}
-    add("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    add("--rounds", type=int, default=10, metavar="N", help="in each trial; default %(default)s")
-    add("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores")
-    add("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
-    add("--model", dest="filename", default=filename, help="default %(default)s", **file)
-    add("--data", dest="datafile", default=datafile, help="default %(default)s", **file)
-    add("--output", default="results.jsonl", metavar="FILE", help="to append records to; default %(default)s")
-    for name, options in flags:
-        add(name, **options)
+def end(status, message=""):
+    """Print the message on stderr, kill every process that this script has started, and leave.
+
+    The script always ends here. To end a pool or Ray in order can hang, if a process is dead or still starting.
+    """
+    print(end=message, file=sys.stderr, flush=True)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(status)
+
+
+def write(line, file):
+    """Write a line at once, to stdout or to the file of records. If that fails, end the script, the line on stderr."""
+    try:
+        print(line, file=file, flush=True)
+    except OSError as error:
+        end(1, f"{line}\ncannot write this to {file.name}: {error.strerror} (--output names the file of records)\n")
+
+
+def parse_arguments(parser):
+    """Parse the flags that all bench scripts share, and the parser's own. Return them, and the cores to use."""
+    cores = physical_cores()
+    parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
+    parser.add_argument(
+        "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
+    )
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
+    parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
+    parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
+    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="gets the records")
     arguments = parser.parse_args()
     if min(arguments.trials, arguments.rounds) < 1:
         parser.error("--trials and --rounds must be at least 1")
-    globals().update(vars(arguments))  # filename, datafile and predict_on_batch are the snippet's.
-    return arguments
+    return arguments, cores[: arguments.num_cpus]
 
 
-def check_files(output):
-    """Return the test labels (10000,). Exit 1 with a message if a file is wrong, as far as shows without TensorFlow."""
-    if not zipfile.is_zipfile(filename):
-        sys.exit(f"no model, or not all of its file, at {filename}: {REMEDY}")
-    try:
-        zipfile.ZipFile(datafile).close()  # What NumPy says of a file that is no zip is an advice to unpickle it.
-        arrays = [array for part in load_data() for array in part]
-        shapes = [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
-        found = [array.shape for array in arrays if array.dtype == np.uint8]
-        if found != shapes or max(arrays[1].max(), arrays[3].max()) > 9:
-            raise ValueError("it must hold 60000 and 10000 images of 28x28 and their labels, 0 to 9, all uint8")
-    except Exception as error:  # A hostile file can raise anything.
-        sys.exit(f"{datafile} can't be used: {error}: {REMEDY}")
-    append(b"", output)
-    return arrays[3]
-
-
-def announce(approach, where, arguments, **fields):
-    """Print what is about to be timed; return what all records say of the files, the machine and the versions."""
-    model, data = (hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (filename, datafile))
-    kind = "stand-in" if "stand_in" in np.load(datafile).files else "other"
-    fields |= {"approach": approach, "model": model, "data": "mnist" if data == MNIST_SHA256 else kind}
-    fields |= {"predict": "predict_on_batch" if predict_on_batch else "predict", "images": 10000}
-    plan = f"{arguments.trials} x {arguments.rounds} rounds of {fields['predict']}"
-    print(f"{approach}: {plan} on {fields['data']} data, {where}", flush=True)
-    host = {"name": platform.node(), "cpu": platform.processor(), "platform": platform.platform()}
+def describe(arguments, approach, num_cpus, kind_of_ray):
+    """Return what all records of a run say of it, its files, the machine and the versions; and the labels (10000,)."""
+    weights = zipfile.ZipFile(arguments.model).read("model.weights.h5")  # The other members hold the date.
+    mnist = dict(np.load(arguments.data))
+    digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
+    kind = "stand-in" if "stand_in" in mnist else f"other-{digest[:8]}"
+    cpu = platform.processor()
     with contextlib.suppress(OSError, IndexError):
-        host["cpu"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    host |= {"logical_cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
-    host |= {"physical_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(), "load": os.getloadavg()[0]}
-    names = filter(importlib.util.find_spec, ("tensorflow", "keras", "numpy", "ray"))  # Two scripts do without Ray.
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return fields | {"host": host, "versions": versions | {"python": platform.python_version()}}
+        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    found = importlib.metadata.packages_distributions()
+    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Two of the scripts do without Ray.
+    versions = {name: importlib.metadata.version(found[name][0]) for name in names}
+    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray}
+    record |= {"run": f"{os.getpid()}-{time.time_ns()}", "model": hashlib.sha256(weights).hexdigest()}
+    record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
+    record["data"] = "mnist" if digest == MNIST_SHA256 else kind
+    record["host"] = {"cpu": cpu, "physical_cores": psutil.cpu_count(logical=False), "system": platform.system()}
+    record["versions"] = versions | {"python": platform.python_version()}
+    return record, mnist["y_test"]
 
 
-def usage():
-    """Return {process: (CPU seconds so far, unique memory in bytes)} for this process and all its descendants."""
-    used = {}
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # It has just ended.
-            used[process] = sum(process.cpu_times()[:2]), process.memory_full_info().uss
-    return used
+def run_trials(arguments, record, y_test, workers, rounds, *task):
+    """Time, check, record and print the trials, then their mean and standard deviation. ValueError: a wrong answer.
 
-
-def run_trials(arguments, record, labels, one_round, workers):
-    """Time, check, record and print the trials. Exit 1 if an answer is wrong: that trial is not recorded.
-
-    `record`: the fields that all trials share; `labels`: the right answers (10000,); `one_round()` returns an array of
-    class probabilities (10000, 10) for each core; `workers()` returns what tells a worker from its replacement.
+    record: the fields that all trials share. y_test: the right labels (10000,). workers(): what tells each worker
+    from its replacement. rounds(*task, number of rounds): yields the seconds and the answers of each round.
     """
-    record |= {"run": f"{os.getpid()}-{time.time_ns()}", "setup_seconds": time.perf_counter() - STARTED}
-    seconds = []
+    record["setup_seconds"] = time.perf_counter() - STARTED
+    totals = []
     for trial in range(arguments.trials):
-        first, before, round_seconds, answers = set(workers()), usage(), [], set()
-        for number in range(arguments.rounds):
-            progress = f"\rtrial {trial + 1} of {arguments.trials}, round {number + 1} of {arguments.rounds} "
-            print(progress, end="", file=sys.stderr, flush=True)
-            start = time.perf_counter()
-            results = one_round()
-            round_seconds.append(time.perf_counter() - start)
-            answers.update(np.argmax(result, axis=1).astype(np.uint8).tobytes() for result in results)
-        after, restarts = usage(), len(set(workers()) - first)
-        accuracy = np.mean(np.frombuffer(max(answers), np.uint8) == labels)
-        if len(answers) > 1 or accuracy < ACCURACY_FLOOR:
-            found = f"{len(answers)} sets of labels (must be 1), accuracy {accuracy:.3f} (at least {ACCURACY_FLOOR})"
-            sys.exit(f"\nwrong answers by {filename}, trial not recorded: {found}: {REMEDY}")
+        before = set(workers())
+        cpu_started = time.process_time()
+        round_seconds = []
+        digests = set()
+        for seconds, results in rounds(*task, arguments.rounds):
+            round_seconds.append(seconds)
+            labels = np.argmax(results, axis=2).astype(np.uint8)  # (num_cpus, 10000)
+            digests.update(hashlib.sha256(row).hexdigest() for row in labels)
+            accuracy = np.mean(labels == y_test)
+            if len(digests) > 1 or accuracy < ACCURACY_FLOOR:
+                blame = "model" if record["data"] == "mnist" else f"model, or {record['data']} data"
+                raise ValueError(f"wrong {blame}: accuracy {accuracy:.3f}, {len(digests)} different answers")
+            if sys.stderr.isatty():  # The trial's line takes the place of this one.
+                print(end=f"round {len(round_seconds)} of {arguments.rounds}\r", file=sys.stderr, flush=True)
+        record["cpu_seconds"] = time.process_time() - cpu_started if record["approach"] == "serial" else None
         total = sum(round_seconds)
-        seconds += [total] * (not restarts)  # A trial in which a worker died does not measure speed.
-        now, digest = datetime.datetime.now(datetime.UTC).isoformat(), hashlib.sha256(answers.pop()).hexdigest()
-        result = {"trial": trial, "time": now, "seconds": total, "round_seconds": round_seconds}
-        result |= {"accuracy": accuracy, "predictions": digest, "restarts": restarts}
-        result["cpu_seconds"] = sum(used - before.get(process, (0,))[0] for process, (used, _) in after.items())
-        result["memory_bytes"] = sum(memory for _, memory in after.values())
-        append(json.dumps(result | record).encode() + b"\n", arguments.output)
-        restarted = f", {restarts} restarted" if restarts else ""
-        print(f"\rtrial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}{restarted}{' ' * 20}", flush=True)
-    spread = f"{np.std(seconds, ddof=1):.3f} s" if len(seconds) > 1 else "unknown"
-    counts = f"{len(seconds)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
-    mean = f"{np.mean(seconds):.3f} s" if seconds else "unknown"
-    times = f"mean {mean}, standard deviation {spread} ({counts})"
-    print(f"{times}; set-up {record['setup_seconds']:.1f} s, not timed")
+        restarts = len(set(workers()) - before)
+        record |= {"trial": trial, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": total}
+        record |= {"round_seconds": round_seconds, "accuracy": accuracy, "labels": digests.pop(), "restarts": restarts}
+        write(json.dumps(record), arguments.output)
+        write(f"trial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}, {restarts} restarts", sys.stdout)
+        if not restarts:  # Otherwise it does not measure speed.
+            totals.append(total)
+    deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
+    counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
+    setup = f"set-up {record['setup_seconds']:.1f} s, not timed"
+    write(f"mean {np.mean(totals or [np.nan]):.3f} s, standard deviation {deviation} ({counts}); {setup}", sys.stdout)
 
 
-def append(line, output):
-    """Append the line (bytes) in one write, after a newline if the last one was torn. Exit 1 if that fails."""
-    try:
-        with open(output, "ab+", buffering=0) as file:
-            if not os.path.isfile(output) or not os.statvfs(output).f_bavail:
-                raise OSError("not a file, or no space left on its disk")
-            fcntl.flock(file, fcntl.LOCK_EX)  # Half a line of another script would look torn.
-            line = b"\n" * (Path(output).read_bytes()[-1:] not in (b"", b"\n")) + line
-            if file.write(line) < len(line):
-                raise OSError("no space left on its disk; the last line is torn")
-            os.fsync(file.fileno())
-    except OSError as error:
-        sys.exit(f"\ncannot append to {output}: {error.strerror or error}; name another file with --output")
-
-
-def filter_chatter():
-    """Send what C++ writes to stderr through grep, less TensorFlow's first lines, which no variable silences."""
-    sys.stderr = open(os.dup(2), "w")
-    grep = ["grep", "--line-buffered", "-vE", "^(WARNING: All log messages before|I0000 |E0000 .* cuInit|To enable )"]
-    grep = subprocess.Popen(grep, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True)
-    os.dup2(grep.stdin.fileno(), 2)
+def explain(error, arguments):
+    """Return a line for an exception of NumPy, Keras, Ray or a worker: its cause, both files, and what makes them."""
+    lines = str(error).strip().splitlines()
+    causes = [line for line in lines if "Error: " in line]  # Ray's message holds a traceback.
+    sentence = [type(error).__name__, *lines[:1], *causes][-1].split(". ")[0]  # Keras goes on with unsafe advice.
+    return f"{sentence} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
 
 
 def main():
-    cores = physical_cores()
-    arguments = parse_arguments(cores)
-    labels, cores = check_files(arguments.output), cores[: arguments.num_cpus]
-    record = announce("serial", f"{len(cores)} cores: {cores}", arguments, num_cpus=len(cores), cores=cores, nodes=1)
-    record |= {"pinned": False, "start_method": None}
-    filter_chatter()
-    if sys.platform == "linux":
-        names = [core_of(core) for core in cores]
-        cpus = [cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in names]
-        for thread in psutil.Process().threads():  # NumPy's are there; TensorFlow's will inherit this.
-            psutil.Process(thread.id).cpu_affinity(cpus)
-        with contextlib.suppress(OSError):  # Without this policy TensorFlow's predict often waits for itself.
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    arguments, cores = parse_arguments(argparse.ArgumentParser(description=__doc__))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: end(128 + number))  # 130 or 143, and no traceback
     try:
-        model, x_test = load()
-        predict(model, x_test)
-        run_trials(arguments, record, labels, lambda: one_round(model, x_test, len(cores)), lambda: [os.getpid()])
+        record, y_test = describe(arguments, "serial", len(cores), None)
+        mode = record["mode"]
+        write(f"serial: {mode} on {record['data']} data, cores {cores}", sys.stdout)
+        keep_to(cores)
+        model, x_test = load(arguments.model, arguments.data, mode)
+        predict(model, x_test, mode)  # The first call traces the model.
+        run_trials(arguments, record, y_test, lambda: [os.getpid()], serial_rounds, model, x_test, mode, len(cores))
     except Exception as error:
-        sys.exit(f"\n{error}\n{filename} can't be used: {REMEDY}")
+        end(1, explain(error, arguments))
+    end(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())  # The lines below run where the snippet is pasted.
-
-# snippet: start
-if __name__ == "__main__":
-    num_cpus = len(physical_cores())
-    model, x_test = load()
-    for _ in range(10):
-        results = one_round(model, x_test, num_cpus)
-# snippet: end
+    main()
