@@ -1,9 +1,10 @@
-# make            set up, train once, run what is missing of TRIALS interleaved passes, analyze
-# make sweep      the same for 1, 2, 4, ... up to all physical cores
-# make test       set up, run the tests
+# make            set up, train once, TRIALS passes over the four approaches, analysis and figure; again: TRIALS more
+# make sweep      the same on 1, 2, 4, ... up to all physical cores
+# make original   the article's programs on the article's stack of 2019 (needs a Python 3.7)
+# make test       set up, run all tests
 # make lint       check format and style
-# make benchmark  the ratios of tests/benchmarks, measured here
-# make clean      remove the environment; results and model stay
+# make benchmark  what the harness and Ray's presence cost, as ratios measured here
+# make clean      remove the environments; results, model and data stay
 
 PYTHON  ?= python3
 TRIALS  ?= 5
@@ -14,29 +15,46 @@ RESULTS ?= results.jsonl
 FIGURE  ?= results.png
 FLAGS   ?=
 RUN      = .venv/bin/python
-CORES   ?= $$($(RUN) -c 'import bench_serial; print(len(bench_serial.physical_cores()))')
+CORES    = $$($(RUN) -c 'import bench_serial; print(len(bench_serial.physical_cores()))')
 SWEEP    = $$($(RUN) -c 'import bench_serial; n = len(bench_serial.physical_cores()); \
-	print(*sorted({n} | {2**i for i in range(n.bit_length())}), sep=",")')
+	print(*sorted({n} | {2**i for i in range(n.bit_length())}))')
 
-all: measure analyze
+# What a user's shell exports for other programs must not decide here.
+unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS
 
-# One trial at a time, of the approach that has the fewest: a machine that drifts hits all alike, and what was
-# finished before an interruption counts.
-measure: train
-	@while next=$$($(RUN) analyze.py --next $(TRIALS) --cores "$(CORES)" --rounds $(ROUNDS) --model $(MODEL) \
-		--data $(DATA) $(FLAGS) $(RESULTS)) || exit 1; [ -n "$$next" ]; do eval "$(RUN) $$next" || exit 1; done
-
-analyze: | .venv/ready
-	$(RUN) analyze.py --figure $(FIGURE) $(RESULTS)
+# One trial of each approach a pass, the order turned from pass to pass: a machine that drifts hits all alike.
+all: train
+	@set -- bench_serial.py bench_multiprocessing.py 'bench_multiprocessing.py --initializer' \
+		'bench_ray.py --address local'; \
+	for pass in $$(seq $(TRIALS)); do \
+		for cores in $(CORES); do for script in "$$@"; do \
+			printf '%s' "pass $$pass of $(TRIALS), $$cores cores, $$script: "; \
+			$(RUN) $$script --trials 1 --rounds $(ROUNDS) --num-cpus $$cores --model $(MODEL) --data $(DATA) \
+				--output $(RESULTS) $(FLAGS) > make.log 2>&1 || { cat make.log >&2; exit 1; }; \
+			sed -n 's/^trial 1: //p' make.log; \
+		done; done; \
+		first=$$1; shift; set -- "$$@" "$$first"; \
+	done
+	@$(RUN) analyze.py --figure $(FIGURE) $(RESULTS)
 
 sweep: CORES = $(SWEEP)
 sweep: all
 
-train: | .venv/ready
+train: .venv/ready
 	@test -e $(MODEL) && test -e $(DATA) || $(RUN) train_model.py --model $(MODEL) --data $(DATA)
 
+original: .venv/ready
+	@$(MAKE) --no-print-directory -C original
+
+# An environment whose Python is gone, after an upgrade of the system's, is made anew.
+ifneq ($(shell .venv/bin/python -c 'print("runs")' 2> /dev/null),runs)
+.PHONY: .venv/ready
+endif
+
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13: name one that is, make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
@@ -55,7 +73,7 @@ benchmark: train .venv/ready-dev
 	$(RUN) tests/benchmarks/overhead.py --model $(MODEL) --data $(DATA)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv original/.venv
 
 .NOTPARALLEL:
-.PHONY: all measure analyze sweep train test lint benchmark clean
+.PHONY: all sweep train original test lint benchmark clean

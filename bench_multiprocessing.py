@@ -37,8 +37,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-# What goes wrong in TensorFlow is raised as an exception, too; and the benchmark is about cores.
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+# Keras and TensorFlow's threads as they come, whatever this machine's user has set; no GPU, for cores are the subject.
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+os.environ |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
 
 filename = "/tmp/model.keras"
 datafile = "/tmp/mnist.npz"
@@ -162,19 +163,23 @@ def parse_arguments(parser):
     parser.add_argument(
         "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
     )
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images for each batch")
+    parser.add_argument(
+        "--predict-on-batch", action="store_true", help="one call on float32 images instead of 313 steps"
+    )
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
-    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="gets the records")
+    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
     arguments = parser.parse_args()
     if min(arguments.trials, arguments.rounds) < 1:
         parser.error("--trials and --rounds must be at least 1")
     return arguments, cores[: arguments.num_cpus]
 
 
-def describe(arguments, approach, num_cpus, kind_of_ray):
-    """Return what all records of a run say of it, its files, the machine and the versions; and the labels (10000,)."""
-    weights = zipfile.ZipFile(arguments.model).read("model.weights.h5")  # The other members hold the date.
+def describe(arguments, approach, num_cpus, ray):
+    """Return what all records of a run say, and the right labels (10000,).
+
+    ray: "private", "cluster" or None. The model is told by its weights alone: the rest of its file holds the date.
+    """
     mnist = dict(np.load(arguments.data))
     digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
     kind = "stand-in" if "stand_in" in mnist else f"other-{digest[:8]}"
@@ -184,8 +189,8 @@ def describe(arguments, approach, num_cpus, kind_of_ray):
     found = importlib.metadata.packages_distributions()
     names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Two of the scripts do without Ray.
     versions = {name: importlib.metadata.version(found[name][0]) for name in names}
-    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray}
-    record |= {"run": f"{os.getpid()}-{time.time_ns()}", "model": hashlib.sha256(weights).hexdigest()}
+    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": ray, "run": f"{time.time_ns()}"}
+    record["model"] = hashlib.sha256(zipfile.ZipFile(arguments.model).read("model.weights.h5")).hexdigest()
     record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
     record["data"] = "mnist" if digest == MNIST_SHA256 else kind
     record["host"] = {"cpu": cpu, "physical_cores": psutil.cpu_count(logical=False), "system": platform.system()}
@@ -271,7 +276,7 @@ def check_alive(workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--initializer", action="store_true", help="load once in each worker, not in every call")
     arguments, cores = parse_arguments(parser)
     for number in (signal.SIGINT, signal.SIGTERM):
