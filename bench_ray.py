@@ -159,12 +159,8 @@ def parse_arguments(parser):
     cores = physical_cores()
     parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
-    parser.add_argument(
-        "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
-    )
-    parser.add_argument(
-        "--predict-on-batch", action="store_true", help="one call on float32 images instead of 313 steps"
-    )
+    parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images, not 313")
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
@@ -284,6 +280,8 @@ def main():
         write(f"ray: {record['mode']} on {record['data']} data, Ray at {arguments.address}", sys.stdout)
         actors = start_actors(arguments.address, len(cores), arguments.model, arguments.data, record["mode"])
         record["num_cpus"] = len(actors)
+        if not actors:
+            end(1, f"the cluster at {arguments.address} has no CPU: see ray status\n")
 
         def workers():
             places = ray.get([actor.place.remote() for actor in actors], timeout=arguments.wait)

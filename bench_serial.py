@@ -131,12 +131,8 @@ def parse_arguments(parser):
     cores = physical_cores()
     parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
-    parser.add_argument(
-        "--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all cores"
-    )
-    parser.add_argument(
-        "--predict-on-batch", action="store_true", help="one call on float32 images instead of 313 steps"
-    )
+    parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images, not 313")
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
