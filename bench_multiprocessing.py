@@ -34,6 +34,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of an import.
 import numpy as np
 import psutil
 

@@ -35,6 +35,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of an import.
 import numpy as np
 import psutil
 
@@ -44,7 +45,6 @@ os.environ |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NU
 # A private Ray listens on loopback alone. Actors are as nice as a pool's workers: Ray would put them behind all else.
 # What Ray raises it would print on stdout as well.
 os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of the next import.
 import ray
 
 filename = "/tmp/model.keras"
