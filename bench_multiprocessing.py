@@ -1,25 +1,25 @@
-"""Time ten rounds of batch prediction by a multiprocessing.Pool: one worker, and one batch a round, per physical core.
+"""Time ten rounds of batch prediction by a multiprocessing.Pool: in each round one batch per physical core.
 
 The multiprocessing side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
 multiprocessing". A pool's function is stateless: every call loads the model and the data again. With --initializer
 each worker loads them once, which the article names as the way out in some cases and shows no code for.
 
 Differences from the article that matter:
-- workers are pinned to physical cores that this process may use, each with all its threads;
-- workers have answered one batch before the clock starts: TensorFlow does some things once in a process;
-- the data comes from a file, and `predict` gets the images as batches whose pipeline has no autotuner;
-- every answer is checked; a wrong one, or a worker that dies, ends the script.
+- each worker, with all its threads, is pinned to one physical core (on Linux);
+- every worker answers one warm-up batch before the clock starts: TensorFlow does some things once per process;
+- the images come from a file, and from a tf.data pipeline like Keras's own, with autotuning turned off;
+- all answers must agree and be accurate; otherwise, or when a worker dies, the script ends.
 
     python train_model.py                            # once
     python bench_multiprocessing.py                  # five trials of ten rounds; loads in every call
     python bench_multiprocessing.py --initializer    # the same; loads once
 
-Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
+Prints a line for each trial, then their mean and standard deviation; appends one JSON line per trial to results.jsonl.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+STARTED = time.perf_counter()  # Set-up counts from here: the imports below are part of it.
 
 import argparse
 import contextlib
@@ -34,32 +34,33 @@ import sys
 import zipfile
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of an import.
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports; main() does better.
 import numpy as np
 import psutil
 
-# Keras and TensorFlow's threads as they come, whatever this machine's user has set; no GPU, for cores are the subject.
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-os.environ |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
+# Keras's and TensorFlow's defaults, whatever the user's environment says. No GPU: the benchmark is about CPU cores.
+SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+SETTINGS |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
+os.environ |= SETTINGS
 
 filename = "/tmp/model.keras"
 datafile = "/tmp/mnist.npz"
 
-# The article's part, with its clock
+# The article's code, with the clock
 
 
 def evaluate_next_batch(core, filename, datafile, mode):
-    # A call can rely on nothing that an earlier one left: it pins its process, and loads the model and the data.
+    # A call cannot rely on what an earlier one has left: it pins its process, and loads the model and the data.
     pin(core)
     model, x_test = load(filename, datafile, mode)
     return predict(model, x_test, mode)
 
 
-kept = {}  # what a worker keeps from its initializer, if it has one
+kept = {}  # what a worker's initializer leaves for its calls
 
 
 def initialize(cores, filename, datafile, mode):
-    # Where all workers set up alike, this can be done once in each. The queue holds a core for every worker.
+    # The pool runs this once in each worker. The queue holds a core for every worker.
     pin(cores.get())
     kept["model"], kept["x_test"] = load(filename, datafile, mode)
     predict(kept["model"], kept["x_test"], mode)  # The first call traces the model.
@@ -70,11 +71,11 @@ def evaluate_next_batch_initialized(core, filename, datafile, mode):
 
 
 def pool_rounds(pool, workers, function, tasks, rounds):
-    """Yield the seconds and the answers of each round. ChildProcessError: a worker has died."""
+    """Yield the seconds and the answers of each round. Ends the script if a worker has died."""
     for _ in range(rounds):
         start = time.perf_counter()
         answers = pool.starmap_async(function, tasks)
-        while not answers.ready():  # starmap() would wait for ever for a dead worker (CPython issue 96062).
+        while not answers.ready():  # starmap() waits for a dead worker for ever (CPython issue 96062).
             answers.wait(1)
             check_alive(workers)
         results = answers.get()
@@ -83,14 +84,14 @@ def pool_rounds(pool, workers, function, tasks, rounds):
 
 def load(filename, datafile, mode):
     """Load what a worker needs: the model, and the 10,000 test images, scaled to 0..1, as predict() takes them."""
-    import tensorflow as tf  # Not at the top: a mistyped argument need not wait for it.
+    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
     model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))  # All four arrays, as the article's mnist.load_data() reads them.
-    x_test = mnist["x_test"] / 255.0
+    mnist = dict(np.load(datafile))  # All four arrays, which the article's mnist.load_data() reads, too.
+    x_test = np.float32(mnist["x_test"] / 255.0)  # Keras would convert float64 images in every call.
     if mode == "predict_on_batch":
-        return model, tf.constant(x_test, tf.float32)
-    # The batches that Keras would make of the array, less its pipeline's autotuner, which can end 0.3 s late.
+        return model, tf.constant(x_test)
+    # The batches that Keras would make of the array, without autotuning: its end can delay a call by 0.3 s.
     options = tf.data.Options()
     options.autotune.enabled = False
     return model, tf.data.Dataset.from_tensor_slices(x_test).batch(32).with_options(options)
@@ -105,7 +106,7 @@ def predict(model, x_test, mode):
 
 
 def pin(core):
-    """Move this process to one core with all its threads: those that have been started would stay behind."""
+    """Move this process to one core, with every thread: threads that exist do not follow the first one."""
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
@@ -113,7 +114,7 @@ def pin(core):
 
 
 def physical_cores():
-    """Return one CPU for each physical core that this process may use, sorted; no more than a container's quota."""
+    """Return one CPU for each physical core that this process may use, sorted, within a container's CPU quota."""
     if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
         return list(range(psutil.cpu_count(logical=False) or 1))
     cores = sorted({core_of(cpu): cpu for cpu in psutil.Process().cpu_affinity()}.values())
@@ -125,7 +126,7 @@ def physical_cores():
 
 
 def core_of(cpu):
-    """Return what is the same for all CPUs (hyper-threads) of a physical core, and for them alone."""
+    """Return a key that the CPUs (hyper-threads) of one physical core share, and no others."""
     siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
 
@@ -137,19 +138,19 @@ MNIST_SHA256 = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021
 
 
 def end(status, message=""):
-    """Print the message on stderr, kill every process that this script has started, and leave.
+    """Kill every process that this script has started, print the message on stderr, and leave.
 
-    The script always ends here. To end a pool or Ray in order can hang, if a process is dead or still starting.
+    A run always ends here: a clean shutdown of a pool or of Ray can hang if a process is dead or still starting.
     """
-    print(end=message, file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    sys.stderr.write(message)
     os._exit(status)
 
 
 def write(line, file):
-    """Write a line at once, to stdout or to the file of records. If that fails, end the script, the line on stderr."""
+    """Write and flush a line, to stdout or to the records. If that fails, show it on stderr and end the script."""
     try:
         print(line, file=file, flush=True)
     except OSError as error:
@@ -157,12 +158,12 @@ def write(line, file):
 
 
 def parse_arguments(parser):
-    """Parse the flags that all bench scripts share, and the parser's own. Return them, and the cores to use."""
+    """Add the flags that all bench scripts share, parse the command line, and return it and the cores to use."""
     cores = physical_cores()
     parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of a trial; default %(default)s")
     parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images, not 313")
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call for 10,000 images, not 313")
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
@@ -172,10 +173,10 @@ def parse_arguments(parser):
     return arguments, cores[: arguments.num_cpus]
 
 
-def describe(arguments, approach, num_cpus, ray):
-    """Return what all records of a run say, and the right labels (10000,).
+def describe(arguments, approach, num_cpus, kind_of_ray):
+    """Return the fields that all records of a run share, and the correct labels (10000,).
 
-    ray: "private", "cluster" or None. The model is told by its weights alone: the rest of its file holds the date.
+    The model is identified by its weights: the rest of its file contains a date.
     """
     mnist = dict(np.load(arguments.data))
     digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
@@ -184,9 +185,9 @@ def describe(arguments, approach, num_cpus, ray):
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     found = importlib.metadata.packages_distributions()
-    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Two of the scripts do without Ray.
+    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Ray may be missing: only bench_ray.py needs it.
     versions = {name: importlib.metadata.version(found[name][0]) for name in names}
-    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": ray, "run": f"{time.time_ns()}"}
+    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray, "run": f"{time.time_ns()}"}
     record["model"] = hashlib.sha256(zipfile.ZipFile(arguments.model).read("model.weights.h5")).hexdigest()
     record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
     record["data"] = "mnist" if digest == MNIST_SHA256 else kind
@@ -196,10 +197,10 @@ def describe(arguments, approach, num_cpus, ray):
 
 
 def run_trials(arguments, record, y_test, workers, rounds, *task):
-    """Time, check, record and print the trials, then their mean and standard deviation. ValueError: a wrong answer.
+    """Time, check, record and print the trials, then their mean and deviation. Raises ValueError on wrong answers.
 
-    record: the fields that all trials share. y_test: the right labels (10000,). workers(): what tells each worker
-    from its replacement. rounds(*task, number of rounds): yields the seconds and the answers of each round.
+    record: the fields that all trials share. y_test: the correct labels (10000,). workers(): an identifier for each
+    worker, which changes if it is replaced. rounds(*task, count): yields the seconds and the answers of each round.
     """
     record["setup_seconds"] = time.perf_counter() - STARTED
     totals = []
@@ -214,10 +215,10 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
             digests.update(hashlib.sha256(row).hexdigest() for row in labels)
             accuracy = np.mean(labels == y_test)
             if len(digests) > 1 or accuracy < ACCURACY_FLOOR:
-                blame = "model" if record["data"] == "mnist" else f"model, or {record['data']} data"
-                raise ValueError(f"wrong {blame}: accuracy {accuracy:.3f}, {len(digests)} different answers")
+                suspect = "model" if record["data"] == "mnist" else f"model or the {record['data']} data"
+                raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(digests)} versions, by the {suspect}")
             if sys.stderr.isatty():  # The trial's line takes the place of this one.
-                print(end=f"round {len(round_seconds)} of {arguments.rounds}\r", file=sys.stderr, flush=True)
+                print(f"round {len(round_seconds)} of {arguments.rounds}", end="\r", file=sys.stderr, flush=True)
         record["cpu_seconds"] = time.process_time() - cpu_started if record["approach"] == "serial" else None
         total = sum(round_seconds)
         restarts = len(set(workers()) - before)
@@ -225,7 +226,7 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
         record |= {"round_seconds": round_seconds, "accuracy": accuracy, "labels": digests.pop(), "restarts": restarts}
         write(json.dumps(record), arguments.output)
         write(f"trial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}, {restarts} restarts", sys.stdout)
-        if not restarts:  # Otherwise it does not measure speed.
+        if not restarts:  # Otherwise the seconds include a worker's second set-up.
             totals.append(total)
     deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
     counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
@@ -234,18 +235,19 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
 
 
 def explain(error, arguments):
-    """Return a line for an exception of NumPy, Keras, Ray or a worker: its cause, both files, and what makes them."""
-    lines = str(error).strip().splitlines()
-    causes = [line for line in lines if "Error: " in line]  # Ray's message holds a traceback.
-    sentence = [type(error).__name__, *lines[:1], *causes][-1].split(". ")[0]  # Keras goes on with unsafe advice.
-    return f"{sentence} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
+    """Return one line about an exception of NumPy, Keras, Ray or a worker: its cause, the files, their remedy."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Ray's message contains a traceback. What Keras says after the first sentence can be unsafe advice.
+    cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
+    files = f"model {arguments.model}, data {arguments.data}: python train_model.py makes both"
+    return f"{cause} ({files})\n"
 
 
 def set_up(cores, initializer, *files):
-    """Prepare a worker of the pool: everything that this script needs of it, then its initializer or a first batch."""
-    if cores.empty():  # It replaces a worker that died, and the script is about to end.
+    """Set up a worker of the pool: its signals, then its initializer or a warm-up batch."""
+    if cores.empty():  # It replaces a worker that died: the script is about to end.
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the script ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the script ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         if initializer:
@@ -284,7 +286,7 @@ def main():
         write(f"{approach}: {record['mode']} on {record['data']} data, cores {cores}", sys.stdout)
         import tensorflow as tf  # In the parent: forked workers inherit it.
 
-        tf.get_logger().setLevel("ERROR")  # It warns of tracing in every call, which is what is measured.
+        tf.get_logger().setLevel("ERROR")  # Tracing in every call, which it warns of, is what is measured.
         queue = multiprocessing.SimpleQueue()
         for core in cores:
             queue.put(core)

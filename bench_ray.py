@@ -1,25 +1,26 @@
-"""Time ten rounds of batch prediction by Ray actors: one per physical core, one batch for each in every round.
+"""Time ten rounds of batch prediction by Ray actors, one per physical core: in each round every actor predicts a batch.
 
 The Ray side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
 multiprocessing". An actor keeps its state: it loads the model and the data once, in its constructor.
 
 Differences from the article that matter:
-- actors are pinned to physical cores that this process may use, each with all its threads;
-- actors have not only loaded but answered one batch before the clock starts;
-- the data comes from a file, and `predict` gets the images as batches whose pipeline has no autotuner;
-- an actor that dies is started again and its batch done again, which Ray does only if it is told to;
-- every answer is checked; a wrong one ends the script.
+- each actor, with all its threads, is pinned to one physical core (on Linux);
+- loading and one warm-up batch happen before the clock starts;
+- the images come from a file, and from a tf.data pipeline like Keras's own, with autotuning turned off;
+- an actor that dies is restarted and its batch retried, ten times at most; Ray does neither by default;
+- all answers must agree and be accurate; otherwise the script ends.
 
     python train_model.py                # once
     python bench_ray.py                  # five trials of ten rounds, on a private Ray that ends with the script
-    python bench_ray.py --address auto   # the same on every CPU of the cluster that this machine belongs to
+    python bench_ray.py --address auto   # one actor on every CPU of a running cluster; RAY_ADDRESS does the same
 
-Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
+Prints a line for each trial, then the mean and standard deviation of those in which no actor was restarted; appends one
+JSON line per trial to results.jsonl.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+STARTED = time.perf_counter()  # Set-up counts from here: the imports below are part of it.
 
 import argparse
 import contextlib
@@ -35,28 +36,29 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of an import.
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports; main() does better.
 import numpy as np
 import psutil
 
-# Keras and TensorFlow's threads as they come, whatever this machine's user has set; no GPU, for cores are the subject.
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-os.environ |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
-# A private Ray listens on loopback alone. Actors are as nice as a pool's workers: Ray would put them behind all else.
-# What Ray raises it would print on stdout as well.
+# Keras's and TensorFlow's defaults, whatever the user's environment says. No GPU: the benchmark is about CPU cores.
+SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+SETTINGS |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
+os.environ |= SETTINGS
+# A private Ray then listens on loopback only, as it does on macOS, for which Ray has this switch. Actors run at normal
+# priority, like a pool's workers. Log lines that match "." are dropped: Ray also raises what it would print on stdout.
 os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 import ray
 
 filename = "/tmp/model.keras"
 datafile = "/tmp/mnist.npz"
 
-# The article's part, with its clock
+# The article's code, with the clock
 
 
 @ray.remote(num_cpus=1, max_restarts=10, max_task_retries=-1)
 class Model:
     def __init__(self, i, filename, datafile, mode):
-        # Pin first: TensorFlow starts as many threads as it may use cores.
+        # Pin first: TensorFlow sizes its thread pools by the cores that it may use.
         cores = physical_cores()
         pin(cores[i % len(cores)])
         self.mode = mode
@@ -72,7 +74,7 @@ class Model:
 
 
 def ray_rounds(actors, wait, rounds):
-    """Yield the seconds and the answers of each round. GetTimeoutError: an answer takes longer than `wait` seconds."""
+    """Yield the seconds and the answers of each round. Raises GetTimeoutError after `wait` seconds."""
     for _ in range(rounds):
         start = time.perf_counter()
         results = ray.get([actor.evaluate_next_batch.remote() for actor in actors], timeout=wait)
@@ -81,14 +83,14 @@ def ray_rounds(actors, wait, rounds):
 
 def load(filename, datafile, mode):
     """Load what a worker needs: the model, and the 10,000 test images, scaled to 0..1, as predict() takes them."""
-    import tensorflow as tf  # Not at the top: a mistyped argument need not wait for it.
+    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
     model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))  # All four arrays, as the article's mnist.load_data() reads them.
-    x_test = mnist["x_test"] / 255.0
+    mnist = dict(np.load(datafile))  # All four arrays, which the article's mnist.load_data() reads, too.
+    x_test = np.float32(mnist["x_test"] / 255.0)  # Keras would convert float64 images in every call.
     if mode == "predict_on_batch":
-        return model, tf.constant(x_test, tf.float32)
-    # The batches that Keras would make of the array, less its pipeline's autotuner, which can end 0.3 s late.
+        return model, tf.constant(x_test)
+    # The batches that Keras would make of the array, without autotuning: its end can delay a call by 0.3 s.
     options = tf.data.Options()
     options.autotune.enabled = False
     return model, tf.data.Dataset.from_tensor_slices(x_test).batch(32).with_options(options)
@@ -103,7 +105,7 @@ def predict(model, x_test, mode):
 
 
 def pin(core):
-    """Move this process to one core with all its threads: those that have been started would stay behind."""
+    """Move this process to one core, with every thread: threads that exist do not follow the first one."""
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
@@ -111,7 +113,7 @@ def pin(core):
 
 
 def physical_cores():
-    """Return one CPU for each physical core that this process may use, sorted; no more than a container's quota."""
+    """Return one CPU for each physical core that this process may use, sorted, within a container's CPU quota."""
     if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
         return list(range(psutil.cpu_count(logical=False) or 1))
     cores = sorted({core_of(cpu): cpu for cpu in psutil.Process().cpu_affinity()}.values())
@@ -123,7 +125,7 @@ def physical_cores():
 
 
 def core_of(cpu):
-    """Return what is the same for all CPUs (hyper-threads) of a physical core, and for them alone."""
+    """Return a key that the CPUs (hyper-threads) of one physical core share, and no others."""
     siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
 
@@ -135,19 +137,19 @@ MNIST_SHA256 = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021
 
 
 def end(status, message=""):
-    """Print the message on stderr, kill every process that this script has started, and leave.
+    """Kill every process that this script has started, print the message on stderr, and leave.
 
-    The script always ends here. To end a pool or Ray in order can hang, if a process is dead or still starting.
+    A run always ends here: a clean shutdown of a pool or of Ray can hang if a process is dead or still starting.
     """
-    print(end=message, file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    sys.stderr.write(message)
     os._exit(status)
 
 
 def write(line, file):
-    """Write a line at once, to stdout or to the file of records. If that fails, end the script, the line on stderr."""
+    """Write and flush a line, to stdout or to the records. If that fails, show it on stderr and end the script."""
     try:
         print(line, file=file, flush=True)
     except OSError as error:
@@ -155,12 +157,12 @@ def write(line, file):
 
 
 def parse_arguments(parser):
-    """Parse the flags that all bench scripts share, and the parser's own. Return them, and the cores to use."""
+    """Add the flags that all bench scripts share, parse the command line, and return it and the cores to use."""
     cores = physical_cores()
     parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of a trial; default %(default)s")
     parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images, not 313")
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call for 10,000 images, not 313")
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
@@ -170,10 +172,10 @@ def parse_arguments(parser):
     return arguments, cores[: arguments.num_cpus]
 
 
-def describe(arguments, approach, num_cpus, ray):
-    """Return what all records of a run say, and the right labels (10000,).
+def describe(arguments, approach, num_cpus, kind_of_ray):
+    """Return the fields that all records of a run share, and the correct labels (10000,).
 
-    ray: "private", "cluster" or None. The model is told by its weights alone: the rest of its file holds the date.
+    The model is identified by its weights: the rest of its file contains a date.
     """
     mnist = dict(np.load(arguments.data))
     digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
@@ -182,9 +184,9 @@ def describe(arguments, approach, num_cpus, ray):
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     found = importlib.metadata.packages_distributions()
-    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Two of the scripts do without Ray.
+    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Ray may be missing: only bench_ray.py needs it.
     versions = {name: importlib.metadata.version(found[name][0]) for name in names}
-    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": ray, "run": f"{time.time_ns()}"}
+    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray, "run": f"{time.time_ns()}"}
     record["model"] = hashlib.sha256(zipfile.ZipFile(arguments.model).read("model.weights.h5")).hexdigest()
     record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
     record["data"] = "mnist" if digest == MNIST_SHA256 else kind
@@ -194,10 +196,10 @@ def describe(arguments, approach, num_cpus, ray):
 
 
 def run_trials(arguments, record, y_test, workers, rounds, *task):
-    """Time, check, record and print the trials, then their mean and standard deviation. ValueError: a wrong answer.
+    """Time, check, record and print the trials, then their mean and deviation. Raises ValueError on wrong answers.
 
-    record: the fields that all trials share. y_test: the right labels (10000,). workers(): what tells each worker
-    from its replacement. rounds(*task, number of rounds): yields the seconds and the answers of each round.
+    record: the fields that all trials share. y_test: the correct labels (10000,). workers(): an identifier for each
+    worker, which changes if it is replaced. rounds(*task, count): yields the seconds and the answers of each round.
     """
     record["setup_seconds"] = time.perf_counter() - STARTED
     totals = []
@@ -212,10 +214,10 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
             digests.update(hashlib.sha256(row).hexdigest() for row in labels)
             accuracy = np.mean(labels == y_test)
             if len(digests) > 1 or accuracy < ACCURACY_FLOOR:
-                blame = "model" if record["data"] == "mnist" else f"model, or {record['data']} data"
-                raise ValueError(f"wrong {blame}: accuracy {accuracy:.3f}, {len(digests)} different answers")
+                suspect = "model" if record["data"] == "mnist" else f"model or the {record['data']} data"
+                raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(digests)} versions, by the {suspect}")
             if sys.stderr.isatty():  # The trial's line takes the place of this one.
-                print(end=f"round {len(round_seconds)} of {arguments.rounds}\r", file=sys.stderr, flush=True)
+                print(f"round {len(round_seconds)} of {arguments.rounds}", end="\r", file=sys.stderr, flush=True)
         record["cpu_seconds"] = time.process_time() - cpu_started if record["approach"] == "serial" else None
         total = sum(round_seconds)
         restarts = len(set(workers()) - before)
@@ -223,7 +225,7 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
         record |= {"round_seconds": round_seconds, "accuracy": accuracy, "labels": digests.pop(), "restarts": restarts}
         write(json.dumps(record), arguments.output)
         write(f"trial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}, {restarts} restarts", sys.stdout)
-        if not restarts:  # Otherwise it does not measure speed.
+        if not restarts:  # Otherwise the seconds include a worker's second set-up.
             totals.append(total)
     deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
     counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
@@ -232,31 +234,32 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
 
 
 def explain(error, arguments):
-    """Return a line for an exception of NumPy, Keras, Ray or a worker: its cause, both files, and what makes them."""
-    lines = str(error).strip().splitlines()
-    causes = [line for line in lines if "Error: " in line]  # Ray's message holds a traceback.
-    sentence = [type(error).__name__, *lines[:1], *causes][-1].split(". ")[0]  # Keras goes on with unsafe advice.
-    return f"{sentence} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
+    """Return one line about an exception of NumPy, Keras, Ray or a worker: its cause, the files, their remedy."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Ray's message contains a traceback. What Keras says after the first sentence can be unsafe advice.
+    cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
+    files = f"model {arguments.model}, data {arguments.data}: python train_model.py makes both"
+    return f"{cause} ({files})\n"
 
 
-QUIET = {"log_to_driver": False, "logging_level": "CRITICAL"}  # What goes wrong is raised, too.
+QUIET = {"log_to_driver": False, "logging_level": "CRITICAL"}  # Errors are raised; the logs repeat them.
 
 
 def start_actors(address, num_cpus, model, data, mode):
-    """Start Ray, or connect to a cluster and send it both files; then an actor for every CPU of every live node.
+    """Start Ray, or connect to a cluster and send it both files; then create an actor per CPU on every live node.
 
-    If a node dies, Ray starts its actors elsewhere.
+    If a node dies, Ray restarts its actors elsewhere.
     """
     if address == "local":
-        os.environ["RAY_AUTH_TOKEN"] = os.urandom(16).hex()  # Else Ray would leave one in the home folder.
-        # Without this impossible port Ray would start a part of the dashboard nevertheless, and wait for it.
+        os.environ["RAY_AUTH_TOKEN"] = os.urandom(16).hex()  # Otherwise Ray writes one to the home folder.
+        # Ray 2.60 would start a part of the dashboard nevertheless, and wait for it: the impossible port prevents that.
         ray.init(address, num_cpus=num_cpus, include_dashboard=False, dashboard_port=-1, **QUIET)
     else:
-        with tempfile.TemporaryDirectory() as folder:  # Ray carries it to each node, as the actors' working directory.
+        with tempfile.TemporaryDirectory() as folder:  # Ray copies it to each node, as working directory.
             model = os.path.basename(shutil.copy(model, f"{folder}/model.keras"))
             data = os.path.basename(shutil.copy(data, f"{folder}/mnist.npz"))
-            ray.init(address, runtime_env={"working_dir": folder}, **QUIET)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # Ray has set its own.
+            ray.init(address, runtime_env={"working_dir": folder, "env_vars": SETTINGS}, **QUIET)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # Ray has replaced it.
     actors = []
     for node in ray.nodes():
         on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
@@ -268,7 +271,7 @@ def start_actors(address, num_cpus, model, data, mode):
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS") or "local", help="of a cluster, or auto")
-    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for an answer; default %(default)s")
+    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for a round; default %(default)s")
     arguments, cores = parse_arguments(parser)
     kind = "private" if arguments.address == "local" else "cluster"
     if arguments.num_cpus and kind == "cluster":

@@ -1,23 +1,23 @@
-"""Time ten rounds of batch prediction in one process that calls the model once per physical core in every round.
+"""Time ten rounds of batch prediction in one process: in each round it predicts one batch per physical core.
 
 The serial side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing". The process is serial; TensorFlow is not, it uses several threads.
+multiprocessing". The process is serial; TensorFlow is not, it uses several threads. The article shows no code for it.
 
-The article shows no code for this one. What matters when it is compared with the others:
-- model and data are loaded, and one batch is answered, before the clock starts;
+What matters when it is compared with the others:
+- loading and one warm-up batch happen before the clock starts;
 - TensorFlow may use the same physical cores as the parallel scripts, hyper-threads included;
-- `predict` gets its images as batches whose pipeline has no autotuner: its end can cost a call 0.3 s;
-- every answer is checked; a wrong one ends the script, and its trial is not recorded.
+- the images come from a tf.data pipeline like Keras's own, with autotuning turned off;
+- all answers must agree and be accurate; otherwise the script ends, and the trial is not recorded.
 
     python train_model.py     # once
     python bench_serial.py    # five trials of ten rounds
 
-Prints a line for each trial, then their mean and standard deviation; appends a JSON line for each to results.jsonl.
+Prints a line for each trial, then their mean and standard deviation; appends one JSON line per trial to results.jsonl.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up is timed from here: the imports below belong to it.
+STARTED = time.perf_counter()  # Set-up counts from here: the imports below are part of it.
 
 import argparse
 import contextlib
@@ -31,18 +31,19 @@ import sys
 import zipfile
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until main() does better: no traceback out of an import.
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports; main() does better.
 import numpy as np
 import psutil
 
-# Keras and TensorFlow's threads as they come, whatever this machine's user has set; no GPU, for cores are the subject.
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-os.environ |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
+# Keras's and TensorFlow's defaults, whatever the user's environment says. No GPU: the benchmark is about CPU cores.
+SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+SETTINGS |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "TF_NUM_INTEROP_THREADS": "0"}
+os.environ |= SETTINGS
 
 filename = "/tmp/model.keras"
 datafile = "/tmp/mnist.npz"
 
-# The article's part, with its clock
+# The article's code, with the clock
 
 
 def serial_rounds(model, x_test, mode, num_cpus, rounds):
@@ -55,14 +56,14 @@ def serial_rounds(model, x_test, mode, num_cpus, rounds):
 
 def load(filename, datafile, mode):
     """Load what a worker needs: the model, and the 10,000 test images, scaled to 0..1, as predict() takes them."""
-    import tensorflow as tf  # Not at the top: a mistyped argument need not wait for it.
+    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
     model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))  # All four arrays, as the article's mnist.load_data() reads them.
-    x_test = mnist["x_test"] / 255.0
+    mnist = dict(np.load(datafile))  # All four arrays, which the article's mnist.load_data() reads, too.
+    x_test = np.float32(mnist["x_test"] / 255.0)  # Keras would convert float64 images in every call.
     if mode == "predict_on_batch":
-        return model, tf.constant(x_test, tf.float32)
-    # The batches that Keras would make of the array, less its pipeline's autotuner, which can end 0.3 s late.
+        return model, tf.constant(x_test)
+    # The batches that Keras would make of the array, without autotuning: its end can delay a call by 0.3 s.
     options = tf.data.Options()
     options.autotune.enabled = False
     return model, tf.data.Dataset.from_tensor_slices(x_test).batch(32).with_options(options)
@@ -77,7 +78,7 @@ def predict(model, x_test, mode):
 
 
 def physical_cores():
-    """Return one CPU for each physical core that this process may use, sorted; no more than a container's quota."""
+    """Return one CPU for each physical core that this process may use, sorted, within a container's CPU quota."""
     if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
         return list(range(psutil.cpu_count(logical=False) or 1))
     cores = sorted({core_of(cpu): cpu for cpu in psutil.Process().cpu_affinity()}.values())
@@ -89,13 +90,13 @@ def physical_cores():
 
 
 def core_of(cpu):
-    """Return what is the same for all CPUs (hyper-threads) of a physical core, and for them alone."""
+    """Return a key that the CPUs (hyper-threads) of one physical core share, and no others."""
     siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
 
 
 def keep_to(cores):
-    """Let this process use these physical cores alone, with their hyper-threads."""
+    """Restrict this process to these physical cores, with their hyper-threads."""
     if hasattr(psutil.Process, "cpu_affinity"):
         wanted = {core_of(core) for core in cores}
         psutil.Process().cpu_affinity([cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in wanted])
@@ -108,19 +109,19 @@ MNIST_SHA256 = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021
 
 
 def end(status, message=""):
-    """Print the message on stderr, kill every process that this script has started, and leave.
+    """Kill every process that this script has started, print the message on stderr, and leave.
 
-    The script always ends here. To end a pool or Ray in order can hang, if a process is dead or still starting.
+    A run always ends here: a clean shutdown of a pool or of Ray can hang if a process is dead or still starting.
     """
-    print(end=message, file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    sys.stderr.write(message)
     os._exit(status)
 
 
 def write(line, file):
-    """Write a line at once, to stdout or to the file of records. If that fails, end the script, the line on stderr."""
+    """Write and flush a line, to stdout or to the records. If that fails, show it on stderr and end the script."""
     try:
         print(line, file=file, flush=True)
     except OSError as error:
@@ -128,12 +129,12 @@ def write(line, file):
 
 
 def parse_arguments(parser):
-    """Parse the flags that all bench scripts share, and the parser's own. Return them, and the cores to use."""
+    """Add the flags that all bench scripts share, parse the command line, and return it and the cores to use."""
     cores = physical_cores()
     parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="in a trial; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of a trial; default %(default)s")
     parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call on float32 images, not 313")
+    parser.add_argument("--predict-on-batch", action="store_true", help="one call for 10,000 images, not 313")
     parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
     parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
@@ -143,10 +144,10 @@ def parse_arguments(parser):
     return arguments, cores[: arguments.num_cpus]
 
 
-def describe(arguments, approach, num_cpus, ray):
-    """Return what all records of a run say, and the right labels (10000,).
+def describe(arguments, approach, num_cpus, kind_of_ray):
+    """Return the fields that all records of a run share, and the correct labels (10000,).
 
-    ray: "private", "cluster" or None. The model is told by its weights alone: the rest of its file holds the date.
+    The model is identified by its weights: the rest of its file contains a date.
     """
     mnist = dict(np.load(arguments.data))
     digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
@@ -155,9 +156,9 @@ def describe(arguments, approach, num_cpus, ray):
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     found = importlib.metadata.packages_distributions()
-    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Two of the scripts do without Ray.
+    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Ray may be missing: only bench_ray.py needs it.
     versions = {name: importlib.metadata.version(found[name][0]) for name in names}
-    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": ray, "run": f"{time.time_ns()}"}
+    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray, "run": f"{time.time_ns()}"}
     record["model"] = hashlib.sha256(zipfile.ZipFile(arguments.model).read("model.weights.h5")).hexdigest()
     record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
     record["data"] = "mnist" if digest == MNIST_SHA256 else kind
@@ -167,10 +168,10 @@ def describe(arguments, approach, num_cpus, ray):
 
 
 def run_trials(arguments, record, y_test, workers, rounds, *task):
-    """Time, check, record and print the trials, then their mean and standard deviation. ValueError: a wrong answer.
+    """Time, check, record and print the trials, then their mean and deviation. Raises ValueError on wrong answers.
 
-    record: the fields that all trials share. y_test: the right labels (10000,). workers(): what tells each worker
-    from its replacement. rounds(*task, number of rounds): yields the seconds and the answers of each round.
+    record: the fields that all trials share. y_test: the correct labels (10000,). workers(): an identifier for each
+    worker, which changes if it is replaced. rounds(*task, count): yields the seconds and the answers of each round.
     """
     record["setup_seconds"] = time.perf_counter() - STARTED
     totals = []
@@ -185,10 +186,10 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
             digests.update(hashlib.sha256(row).hexdigest() for row in labels)
             accuracy = np.mean(labels == y_test)
             if len(digests) > 1 or accuracy < ACCURACY_FLOOR:
-                blame = "model" if record["data"] == "mnist" else f"model, or {record['data']} data"
-                raise ValueError(f"wrong {blame}: accuracy {accuracy:.3f}, {len(digests)} different answers")
+                suspect = "model" if record["data"] == "mnist" else f"model or the {record['data']} data"
+                raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(digests)} versions, by the {suspect}")
             if sys.stderr.isatty():  # The trial's line takes the place of this one.
-                print(end=f"round {len(round_seconds)} of {arguments.rounds}\r", file=sys.stderr, flush=True)
+                print(f"round {len(round_seconds)} of {arguments.rounds}", end="\r", file=sys.stderr, flush=True)
         record["cpu_seconds"] = time.process_time() - cpu_started if record["approach"] == "serial" else None
         total = sum(round_seconds)
         restarts = len(set(workers()) - before)
@@ -196,7 +197,7 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
         record |= {"round_seconds": round_seconds, "accuracy": accuracy, "labels": digests.pop(), "restarts": restarts}
         write(json.dumps(record), arguments.output)
         write(f"trial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}, {restarts} restarts", sys.stdout)
-        if not restarts:  # Otherwise it does not measure speed.
+        if not restarts:  # Otherwise the seconds include a worker's second set-up.
             totals.append(total)
     deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
     counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
@@ -205,11 +206,12 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
 
 
 def explain(error, arguments):
-    """Return a line for an exception of NumPy, Keras, Ray or a worker: its cause, both files, and what makes them."""
-    lines = str(error).strip().splitlines()
-    causes = [line for line in lines if "Error: " in line]  # Ray's message holds a traceback.
-    sentence = [type(error).__name__, *lines[:1], *causes][-1].split(". ")[0]  # Keras goes on with unsafe advice.
-    return f"{sentence} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
+    """Return one line about an exception of NumPy, Keras, Ray or a worker: its cause, the files, their remedy."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Ray's message contains a traceback. What Keras says after the first sentence can be unsafe advice.
+    cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
+    files = f"model {arguments.model}, data {arguments.data}: python train_model.py makes both"
+    return f"{cause} ({files})\n"
 
 
 def main():
