@@ -69,9 +69,6 @@ class Model:
         # The same images in each round; an application would have new ones.
         return predict(self.model, self.x_test, self.mode)
 
-    def place(self):
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
 
 def ray_rounds(actors, wait, rounds):
     """Yield the seconds and the answers of each round. Raises GetTimeoutError after `wait` seconds."""
@@ -245,6 +242,11 @@ def explain(error, arguments):
 QUIET = {"log_to_driver": False, "logging_level": "CRITICAL"}  # Errors are raised; the logs repeat them.
 
 
+def place(actor):
+    """Return the node and the process of an actor: a pair that no other actor has, nor its replacement."""
+    return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
 def start_actors(address, num_cpus, model, data, mode):
     """Start Ray, or connect to a cluster and send it both files; then create an actor per CPU on every live node.
 
@@ -287,7 +289,7 @@ def main():
             end(1, f"the cluster at {arguments.address} has no CPU: see ray status\n")
 
         def workers():
-            places = ray.get([actor.place.remote() for actor in actors], timeout=arguments.wait)
+            places = ray.get([actor.__ray_call__.remote(place) for actor in actors], timeout=arguments.wait)
             record["nodes"] = len(dict(places))
             return places
 

@@ -125,8 +125,10 @@ def test_each_worker_has_a_core_of_its_own_for_all_its_threads(start, approach):
 
 @linux_only
 def test_serial_keeps_to_the_cores_that_it_is_told_with_their_hyper_threads(start):
-    bench = start("serial", "--num-cpus", "1", "--trials", "100000", "--rounds", "1", "--predict-on-batch")
+    arguments = ["--num-cpus", "1", "--trials", "100000", "--rounds", "1", "--predict-on-batch"]
+    bench = start("serial", *arguments, OPENBLAS_NUM_THREADS="1")  # NumPy's own threads are older, and idle.
     bench.wait_for("trial 2:")
+    assert bench.process.num_threads() > 1
     [cpus] = allowed_cpus(bench.process)
     with open(f"/sys/devices/system/cpu/cpu{CORES[0]}/topology/thread_siblings_list") as file:
         assert cpus == file.read().strip()

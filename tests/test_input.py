@@ -73,7 +73,11 @@ def test_a_hostile_model_is_refused_by_every_approach_and_its_code_not_run(model
 def test_a_model_of_another_shape_or_with_other_classes_is_refused(models, trained, tmp_path):
     assert "train_model.py" in refused(tmp_path, models / "shape.keras", trained[1])
     message = refused(tmp_path, models / "classes.keras", trained[1])
-    assert message.startswith("wrong answers: accuracy 0.") and "by the model or the stand-in data" in message and "train_model.py" in message
+    assert (
+        message.startswith("wrong answers: accuracy 0.")
+        and "by the model or the stand-in data" in message
+        and "train_model.py" in message
+    )
 
 
 class Bomb:

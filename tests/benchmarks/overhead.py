@@ -1,207 +1,139 @@
-"""Measure what this project promises about speed, two things at a time and taking turns, and print the ratios.
+"""Measure what the harness and Ray cost beyond the work itself: always two things, whose rounds take turns.
 
-    make benchmark      # or: python tests/benchmarks/overhead.py --model /tmp/model.keras --data /tmp/mnist.npz
-
-Every line: what is compared, the median of the ratios of the passes, their least and greatest, and the aim, if any.
+Run it with `make benchmark` on a machine that has nothing else to do. More --passes make it sharper.
 """
 
 import argparse
-import json
+import contextlib
 import multiprocessing
-import os
-import statistics
-import subprocess
+import signal
 import sys
-import tempfile
 import time
+import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bench_multiprocessing as mp
+import bench_ray
+from bench_ray import ray
+
 GFLOP = 2 * 10000 * (784 * 512 + 512 * 10) / 1e9  # of one batch: two matrix products
-MATMUL = """
-import os, sys, time
-os.sched_setaffinity(0, [int(sys.argv[1])])
-os.environ.update(TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1")
-import tensorflow as tf
-a = tf.random.normal((2048, 2048))
-product = tf.function(lambda: tf.linalg.matmul(a, a))
-product()
-print("ready", flush=True)
-input()
-end, count, start = time.perf_counter() + 3, 0, time.perf_counter()
-while time.perf_counter() < end:
-    product().numpy()
-    count += 1
-print(count * 2 * 2048**3 / 1e9 / (time.perf_counter() - start))
-"""
+WAIT = 600  # seconds for an answer
+WARM_UP = 5  # rounds that do not count
+IN_REPLY = {"env_vars": {"RAY_max_direct_call_object_size": "1000000"}}  # bytes; Ray's default is 100 kB
 
 
-def compare(what, ratios, aim):
-    """Print the median and the range of the ratios beside the aim."""
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} passes"
-    print(f"{what}: {statistics.median(ratios):.3f} ({spread}); aim: {aim}", flush=True)
+@ray.remote(num_cpus=0)
+class Empty:
+    def __init__(self, core):
+        bench_ray.pin(core)
+
+    def evaluate_next_batch(self):
+        return np.zeros((10000, 10), np.float32)
+
+    def batch_seconds(self):
+        """Return the seconds of one batch at the speed of TensorFlow's float32 matrix product."""
+        import tensorflow as tf
+
+        a = tf.random.normal((2048, 2048))
+        tf.linalg.matmul(a, a).numpy()
+        start = time.perf_counter()
+        for _ in range(3):
+            tf.linalg.matmul(a, a).numpy()
+        return (time.perf_counter() - start) / (3 * 2 * 2048**3 / 1e9) * GFLOP
 
 
-def bench(arguments, script, *flags):
-    """Run one trial of a bench script in a process of its own; return its record."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "results.jsonl")
-        files = ["--model", arguments.model, "--data", arguments.data, "--output", output]
-        command = [sys.executable, ROOT / script, "--trials", "1", *files, *flags]
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return json.loads(output.read_text())
+def bare_rounds(actors):
+    while True:
+        start = time.perf_counter()
+        results = ray.get([actor.evaluate_next_batch.remote() for actor in actors])
+        yield time.perf_counter() - start, results
 
 
-def steady(record):
-    """Return the median seconds of rounds 2 to 10."""
-    return statistics.median(record["round_seconds"][1:])
+def limit_rounds(actors):
+    while True:
+        seconds = ray.get([actor.batch_seconds.remote() for actor in actors])
+        yield np.mean(seconds), seconds
 
 
-def matmul_rates(cores):
-    """Return TensorFlow's GFLOP/s in a float32 matrix product on each core, all cores busy at the same time."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", MATMUL, str(core)], **pipes) for core in cores]
+def rounds_without(processes, rounds):
+    """Yield what `rounds` yields, the processes stopped in each of its rounds."""
+    while True:
+        try:
+            send(processes, signal.SIGSTOP)
+            result = next(rounds)
+        finally:
+            send(processes, signal.SIGCONT)
+        time.sleep(0.2)  # They make up for what they have missed.
+        yield result
+
+
+def send(processes, number):
     for process in processes:
-        process.stdout.readline()
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [float(process.communicate()[0]) for process in processes]
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends workers that it does not need.
+            process.send_signal(number)
 
 
-def measure_rounds(arguments, cores):
-    """Compare steady rounds of Ray and of the pool with initializer, set-up with the article's, and the limit."""
-    rounds = {"predict": [], "predict_on_batch": []}
-    setups, shares = [], []
-    article = [sys.executable, Path(__file__).with_name("article_ray.py"), arguments.model, arguments.data, len(cores)]
-    for number in range(arguments.passes):
-        print(f"pass {number + 1} of {arguments.passes}", file=sys.stderr, flush=True)
-        for mode, flags in (("predict", []), ("predict_on_batch", ["--predict-on-batch"])):
-            pool = bench(arguments, "bench_multiprocessing.py", "--initializer", *flags)
-            ray = bench(arguments, "bench_ray.py", *flags)
-            rounds[mode].append(steady(ray) / steady(pool))
-        limit = GFLOP / statistics.mean(matmul_rates(cores))
-        shares.append(limit / steady(ray))
-        done = subprocess.run(list(map(str, article)), capture_output=True, text=True, check=True)
-        plain = json.loads(done.stdout.splitlines()[-1])["setup_seconds"]
-        setups.append(ray["setup_seconds"] / plain)
-        print(f"  set-up: article {plain:.1f} s, ours {ray['setup_seconds']:.1f} s; ", end="")
-        print(f"limit {1e3 * limit:.0f} ms, Ray {1e3 * steady(ray):.0f} ms a round", flush=True)
-    compare("steady round, predict: Ray / pool with initializer", rounds["predict"], "at most 1.03")
-    compare("steady round, predict_on_batch: Ray / pool with initializer", rounds["predict_on_batch"], "at most 1.06")
-    compare("set-up: bench_ray.py / the article's script", setups, "at most 0.6")
-    compare("predict_on_batch under Ray: arithmetic limit / round", shares, "at least 0.65")
+def compare(what, first, second, count, aim="none"):
+    """Print the ratio of the median rounds of two generators, and the median difference with its 95 % interval."""
+    seconds = np.array([(next(first)[0], next(second)[0]) for _ in range(count)])[WARM_UP:]
+    one, other = 1e3 * np.median(seconds, axis=0)
+    differences = 1e3 * (seconds[:, 0] - seconds[:, 1])
+    reach = 98 / np.sqrt(len(differences))  # in percentiles, by the binomial distribution
+    low, middle, high = np.percentile(differences, [50 - reach, 50, 50 + reach])
+    print(f"{what}: {one / other:.3f} ({one:.2f} / {other:.2f} ms a round); aim: {aim}")
+    print(f"    difference {middle:+.2f} ms a round ({low:+.2f} to {high:+.2f})", flush=True)
 
 
-def measure_idle_ray(arguments, cores, rounds=3):
-    """Compare rounds of the pool with initializer beside an idle private Ray, running and stopped (SIGSTOP).
-
-    The ratio is what Ray's mere presence costs on these cores, whoever uses them.
-    """
-    import keras  # noqa: F401 - The workers inherit it.
-    import psutil
-
-    import bench_multiprocessing
-    import bench_ray
-
-    bench_multiprocessing.filename, bench_multiprocessing.datafile = arguments.model, arguments.data
+def measure(arguments):
+    cores = bench_ray.physical_cores()
+    count = 20 * arguments.passes + WARM_UP
+    files = (arguments.model, arguments.data)
     queue = multiprocessing.SimpleQueue()
     for core in cores:
         queue.put(core)
-    ratios = []
-    with multiprocessing.get_context("fork").Pool(len(cores), bench_multiprocessing.initialize, (queue,)) as pool:
-        workers = set(psutil.Process().children(recursive=True))
-        bench_ray.start_ray("local", len(cores))
-        others = set(psutil.Process().children(recursive=True)) - workers
-        # The shell goes on: when this process ends, however it does, it ends the others, stopped or not.
-        others = [process for process in others if process.name() != "sh"]
+    pool = multiprocessing.Pool(len(cores), mp.set_up, (queue, True, *files, "predict"))  # before Ray: it is forked
+    workers = multiprocessing.active_children()
+    pool_task = (pool, workers, mp.evaluate_next_batch_initialized, [(core, *files, "predict") for core in cores])
 
-        def seconds():
-            start = time.perf_counter()
-            bench_multiprocessing.one_round(pool, cores, bench_multiprocessing.evaluate_next_batch_initialized)
-            return time.perf_counter() - start
+    task = (*files, "predict_on_batch")
+    actors = bench_ray.start_actors("local", len(cores), *task)
+    stored = bench_ray.ray_rounds(actors, WAIT, 2 * count)
+    limit = limit_rounds([Empty.remote(core) for core in cores])
+    compare("predict_on_batch, arithmetic limit / Ray", limit, stored, count, "at least 0.8")
+    in_reply = bench_ray.Model.options(num_cpus=0, runtime_env=IN_REPLY)
+    replied = bench_ray.ray_rounds([in_reply.remote(i, *task) for i in range(len(cores))], WAIT, count)
+    compare("predict_on_batch, answers in Ray's replies / in its object store", replied, stored, count)
 
-        for _ in range(4 * arguments.passes):
-            running = statistics.median(seconds() for _ in range(rounds))
-            for process in others:
-                process.suspend()
-            stopped = statistics.median(seconds() for _ in range(rounds))
-            for process in others:
-                process.resume()
-            ratios.append(running / stopped)
-    compare(
-        "steady round of the pool, predict: beside an idle Ray / beside the same, stopped",
-        ratios,
-        "none, it is a floor",
-    )
+    pool_pids = {worker.pid for worker in workers}
+    idle = [process for process in psutil.Process().children(recursive=True) if process.pid not in pool_pids]
+    beside_idle = mp.pool_rounds(*pool_task, count)
+    beside_stopped = rounds_without(idle, mp.pool_rounds(*pool_task, count))
+    compare("pool with initializer, beside an idle Ray / a stopped Ray", beside_idle, beside_stopped, count)
 
-
-def measure_harness(num_actors, rounds=100):
-    """Print the milliseconds of a round in the harness and in bare Ray calls, with nothing to predict, taking turns."""
-    import numpy as np
-    import ray
-
-    import bench_ray
-
-    answer = np.zeros((10000, 10), np.float32)
-    bench_ray.load = lambda: (None, None)
-    bench_ray.predict = lambda model, x_test: answer.copy()
-    ray.cloudpickle.register_pickle_by_value(bench_ray)
-
-    @ray.remote(num_cpus=0)
-    class Bare:
-        def answer(self):
-            return answer.copy()
-
-    bench_ray.start_ray("local", num_actors)
-    actors, bare = bench_ray.start_actors(), [Bare.remote() for _ in range(num_actors)]
-    calls = [lambda: bench_ray.one_round(actors), lambda: [actor.answer.remote() for actor in bare]]
-    times = np.empty((rounds + 5, 2))
-    for number in range(rounds + 5):
-        for which in (number % 2, 1 - number % 2):
-            start = time.perf_counter()
-            ray.get(calls[which]())
-            times[number, which] = 1e3 * (time.perf_counter() - start)
-    ours, theirs = np.median(times[5:], axis=0)
-    difference = np.median(times[5:, 0] - times[5:, 1])
-    print(f"harness, {num_actors} actors: {ours:.1f} ms, bare {theirs:.1f} ms, ", end="")
-    print(f"median difference {difference:+.1f} ms; aim: at most +1 ms", flush=True)
-
-
-def measure_analysis(arguments, count=100_000):
-    """Print the seconds and the megabytes that analyze.py takes for many records."""
-    record = bench(arguments, "bench_serial.py", "--rounds", "1", "--predict-on-batch")
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        for number in range(count):
-            moment = f"2026-01-01T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}.{number:06}+00:00"
-            approach = ("serial", "ray")[number % 2]
-            file.write(json.dumps(record | {"approach": approach, "run": str(number), "time": moment}) + "\n")
-        file.flush()
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, ROOT / "analyze.py", file.name], stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)  # which tells the memory of this one child
-        seconds = time.perf_counter() - start
-    found = f"{seconds:.1f} s, {used.ru_maxrss / 1024:.0f} MB, exit status {status}"
-    print(f"analyze.py, {count} records: {found}; aim: under 5 s and 500 MB")
+    as_model = Empty.options(max_restarts=10, max_task_retries=-1)  # as bench_ray.Model
+    for num_actors in (1, 2, 8, 32):
+        places = [cores[i % len(cores)] for i in range(num_actors)]
+        ours = bench_ray.ray_rounds([as_model.remote(core) for core in places], WAIT, count)
+        bare = bare_rounds([Empty.remote(core) for core in places])
+        compare(f"harness / bare calls, {num_actors} actors", ours, bare, count, "at most +1 ms")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="/tmp/model.keras")
-    parser.add_argument("--data", default="/tmp/mnist.npz")
-    parser.add_argument("--passes", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=bench_ray.filename)
+    parser.add_argument("--data", default=bench_ray.datafile)
+    parser.add_argument("--passes", type=int, default=5, help="of 20 rounds each; default %(default)s")
     arguments = parser.parse_args()
-    from bench_serial import physical_cores
-
-    measure_rounds(arguments, physical_cores())
-    measure_analysis(arguments)
-    parts = [(measure_idle_ray, (arguments, physical_cores()))]
-    parts += [(measure_harness, (num_actors,)) for num_actors in (1, 2, 8, 32)]
-    for target, args in parts:  # Each in a process of its own: Ray keeps a token as long as its process lives.
-        process = multiprocessing.get_context("spawn").Process(target=target, args=args)
-        process.start()
-        process.join()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # bench_ray.py has set another; Ray's SIGTERM becomes it.
+    try:
+        measure(arguments)
+    except BaseException:
+        bench_ray.end(1, traceback.format_exc())
+    bench_ray.end(0)
 
 
 if __name__ == "__main__":
