@@ -81,10 +81,9 @@ def the_route(tmp_path, data):
     ec2 = boto3.client("ec2", region_name="us-west-2")
     # The role of an earlier `ray up`. After making one, Ray sleeps for 30 s.
     iam = boto3.client("iam", region_name="us-west-2")
-    name = "ray-autoscaler-v1"
-    iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
-    iam.create_instance_profile(InstanceProfileName=name)
-    iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    iam.create_role(RoleName="ray-autoscaler-v1", AssumeRolePolicyDocument="{}")
+    iam.create_instance_profile(InstanceProfileName="ray-autoscaler-v1")
+    iam.add_role_to_instance_profile(InstanceProfileName="ray-autoscaler-v1", RoleName="ray-autoscaler-v1")
 
     def ray(*command):
         """Run one of Ray's commands as a user does in this folder; return all that it printed."""
@@ -108,10 +107,8 @@ def the_route(tmp_path, data):
     assert (record["approach"], record["ray"], record["num_cpus"], record["nodes"]) == ("ray", "cluster", 3, 1)
     assert (record["mode"], record["data"], record["restarts"]) == ("predict_on_batch", "stand-in", 0)
     assert record["accuracy"] > 0.9 and len(record["round_seconds"]) == 2
-
     ray("down", "-y", "config.yaml")
-    [machine] = ec2.describe_instances()["Reservations"][0]["Instances"]
-    assert machine["State"]["Name"] == "terminated"
+    assert ec2.describe_instances()["Reservations"][0]["Instances"][0]["State"]["Name"] == "terminated"
     assert ec2.describe_volumes()["Volumes"] == []
     assert [process.name() for process in instance.children(recursive=True)] == ["sleep"], "left on the instance"
     check_calls(node, address)

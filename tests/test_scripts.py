@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 BENCHES = sorted(ROOT.glob("bench_*.py"))
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMON, RAY, POOL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SNIPPETS = [("bench_ray.py", COMMON + RAY), ("bench_multiprocessing.py", COMMON + POOL)]
 
 
 def definitions(code):
@@ -48,22 +49,16 @@ def test_bench_script_imports_nothing_of_this_repository(script):
     assert imported and not {name.partition(".")[0] for name in imported} & here
 
 
-def test_there_is_a_snippet_for_ray_and_one_for_the_pool():
-    assert ["ray.init" in code for code in SNIPPETS] == [True, False]
-    assert "multiprocessing.Pool" in SNIPPETS[1]
-
-
-@pytest.mark.parametrize("number, script", [(0, "bench_ray.py"), (1, "bench_multiprocessing.py")])
-def test_what_a_snippet_shows_is_what_is_measured(number, script):
-    shown, measured = definitions(SNIPPETS[number]), definitions((ROOT / script).read_text())
+@pytest.mark.parametrize("script, code", SNIPPETS, ids=["ray", "pool"])
+def test_what_a_snippet_shows_is_what_is_measured(script, code):
+    shown, measured = definitions(code), definitions((ROOT / script).read_text())
     assert {"load", "predict", "pin"} < shown.keys()
     for name in shown.keys() - {"physical_cores"}:  # The snippets count cores as the article does.
         assert shown[name] == measured[name], f"{name} differs from that of {script}"
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_snippet_runs_in_an_empty_folder(number, trained, tmp_path):
-    code = SNIPPETS[number]
+@pytest.mark.parametrize("script, code", SNIPPETS, ids=["ray", "pool"])
+def test_a_snippet_runs_in_an_empty_folder(script, code, trained, tmp_path):
     for path, here in zip(("/tmp/model.keras", "/tmp/mnist.npz"), trained, strict=True):
         assert code.count(path) == 1
         code = code.replace(path, str(here))

@@ -9,7 +9,6 @@ import multiprocessing
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,14 @@ class Empty:
         start = time.perf_counter()
         for _ in range(3):
             tf.linalg.matmul(a, a).numpy()
-        return (time.perf_counter() - start) / (3 * 2 * 2048**3 / 1e9) * GFLOP
+        gflops = 3 * 2 * 2048**3 / 1e9 / (time.perf_counter() - start)
+        return GFLOP / gflops
+
+
+def limit_rounds(actors):
+    while True:
+        seconds = ray.get([actor.batch_seconds.remote() for actor in actors])
+        yield np.mean(seconds), seconds
 
 
 def bare_rounds(actors):
@@ -53,17 +59,11 @@ def bare_rounds(actors):
         yield time.perf_counter() - start, results
 
 
-def limit_rounds(actors):
-    while True:
-        seconds = ray.get([actor.batch_seconds.remote() for actor in actors])
-        yield np.mean(seconds), seconds
-
-
-def rounds_without(processes, rounds):
-    """Yield what `rounds` yields, the processes stopped in each of its rounds."""
+def signalled_rounds(rounds, processes, number):
+    """Send the processes a signal before each round, and let them go on after it."""
     while True:
         try:
-            send(processes, signal.SIGSTOP)
+            send(processes, number)
             result = next(rounds)
         finally:
             send(processes, signal.SIGCONT)
@@ -77,49 +77,14 @@ def send(processes, number):
             process.send_signal(number)
 
 
-def compare(what, first, second, count, aim="none"):
+def compare(what, first, second, count):
     """Print the ratio of the median rounds of two generators, and the median difference with its 95 % interval."""
     seconds = np.array([(next(first)[0], next(second)[0]) for _ in range(count)])[WARM_UP:]
     one, other = 1e3 * np.median(seconds, axis=0)
-    differences = 1e3 * (seconds[:, 0] - seconds[:, 1])
-    reach = 98 / np.sqrt(len(differences))  # in percentiles, by the binomial distribution
-    low, middle, high = np.percentile(differences, [50 - reach, 50, 50 + reach])
-    print(f"{what}: {one / other:.3f} ({one:.2f} / {other:.2f} ms a round); aim: {aim}")
-    print(f"    difference {middle:+.2f} ms a round ({low:+.2f} to {high:+.2f})", flush=True)
-
-
-def measure(arguments):
-    cores = bench_ray.physical_cores()
-    count = 20 * arguments.passes + WARM_UP
-    files = (arguments.model, arguments.data)
-    queue = multiprocessing.SimpleQueue()
-    for core in cores:
-        queue.put(core)
-    pool = multiprocessing.Pool(len(cores), mp.set_up, (queue, True, *files, "predict"))  # before Ray: it is forked
-    workers = multiprocessing.active_children()
-    pool_task = (pool, workers, mp.evaluate_next_batch_initialized, [(core, *files, "predict") for core in cores])
-
-    task = (*files, "predict_on_batch")
-    actors = bench_ray.start_actors("local", len(cores), *task)
-    stored = bench_ray.ray_rounds(actors, WAIT, 2 * count)
-    limit = limit_rounds([Empty.remote(core) for core in cores])
-    compare("predict_on_batch, arithmetic limit / Ray", limit, stored, count, "at least 0.8")
-    in_reply = bench_ray.Model.options(num_cpus=0, runtime_env=IN_REPLY)
-    replied = bench_ray.ray_rounds([in_reply.remote(i, *task) for i in range(len(cores))], WAIT, count)
-    compare("predict_on_batch, answers in Ray's replies / in its object store", replied, stored, count)
-
-    pool_pids = {worker.pid for worker in workers}
-    idle = [process for process in psutil.Process().children(recursive=True) if process.pid not in pool_pids]
-    beside_idle = mp.pool_rounds(*pool_task, count)
-    beside_stopped = rounds_without(idle, mp.pool_rounds(*pool_task, count))
-    compare("pool with initializer, beside an idle Ray / a stopped Ray", beside_idle, beside_stopped, count)
-
-    as_model = Empty.options(max_restarts=10, max_task_retries=-1)  # as bench_ray.Model
-    for num_actors in (1, 2, 8, 32):
-        places = [cores[i % len(cores)] for i in range(num_actors)]
-        ours = bench_ray.ray_rounds([as_model.remote(core) for core in places], WAIT, count)
-        bare = bare_rounds([Empty.remote(core) for core in places])
-        compare(f"harness / bare calls, {num_actors} actors", ours, bare, count, "at most +1 ms")
+    reach = 98 / np.sqrt(len(seconds))  # in percentiles, by the binomial distribution
+    low, difference, high = 1e3 * np.percentile(seconds[:, 0] - seconds[:, 1], [50 - reach, 50, 50 + reach])
+    print(f"{what}: {one / other:.3f} ({one:.2f} / {other:.2f} ms a round)")
+    print(f"    difference {difference:+.2f} ms a round ({low:+.2f} to {high:+.2f})", flush=True)
 
 
 def main():
@@ -128,12 +93,39 @@ def main():
     parser.add_argument("--data", default=bench_ray.datafile)
     parser.add_argument("--passes", type=int, default=5, help="of 20 rounds each; default %(default)s")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # bench_ray.py has set another; Ray's SIGTERM becomes it.
-    try:
-        measure(arguments)
-    except BaseException:
-        bench_ray.end(1, traceback.format_exc())
-    bench_ray.end(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # bench_ray.py has set another; SIGTERM will be the same.
+    cores = bench_ray.physical_cores()
+    count = 20 * arguments.passes + WARM_UP
+
+    files = (arguments.model, arguments.data, "predict")
+    queue = multiprocessing.SimpleQueue()
+    for core in cores:
+        queue.put(core)
+    pool = multiprocessing.Pool(len(cores), mp.set_up, (queue, True, *files))  # Before Ray starts: it is forked.
+    workers = multiprocessing.active_children()
+    tasks = [(core, *files) for core in cores]
+    rounds = mp.pool_rounds(pool, workers, mp.evaluate_next_batch_initialized, tasks, 2 * count)
+
+    files = (arguments.model, arguments.data, "predict_on_batch")
+    stored = bench_ray.ray_rounds(bench_ray.start_actors("local", len(cores), *files), WAIT, 2 * count)
+    limit = limit_rounds([Empty.remote(core) for core in cores])
+    compare("predict_on_batch, arithmetic limit / Ray (aim: at least 0.8)", limit, stored, count)
+    in_reply = bench_ray.Model.options(num_cpus=0, runtime_env=IN_REPLY)
+    replied = bench_ray.ray_rounds([in_reply.remote(i, *files) for i in range(len(cores))], WAIT, count)
+    compare("predict_on_batch, answers in Ray's replies / in its object store", replied, stored, count)
+
+    children = psutil.Process().children(recursive=True)
+    of_ray = [process for process in children if process.pid not in {worker.pid for worker in workers}]
+    idle = signalled_rounds(rounds, of_ray, signal.SIGCONT)
+    stopped = signalled_rounds(rounds, of_ray, signal.SIGSTOP)
+    compare("pool with initializer, beside an idle Ray / a stopped one", idle, stopped, count)
+
+    as_model = Empty.options(max_restarts=10, max_task_retries=-1)  # like bench_ray.Model
+    for num_actors in (1, 2, 8, 32):
+        places = [cores[i % len(cores)] for i in range(num_actors)]
+        ours = bench_ray.ray_rounds([as_model.remote(core) for core in places], WAIT, count)
+        bare = bare_rounds([Empty.remote(core) for core in places])
+        compare(f"{num_actors} actors, harness / bare calls (aim: at most +1 ms)", ours, bare, count)
 
 
 if __name__ == "__main__":
