@@ -133,7 +133,7 @@ def test_a_wrong_answer_is_not_recorded(python37, files, tmp_path):
 
 
 def living(started, mark):
-    """The processes that live, of those started or with the mark in their environment (where Redis writes its title)."""
+    """The living processes of those started or with the mark in their environment (where Redis writes its title)."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
