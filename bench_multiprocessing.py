@@ -243,9 +243,10 @@ def explain(error, arguments):
     return f"{cause} ({files})\n"
 
 
-def set_up(cores, initializer, *files):
-    """Set up a worker of the pool: its signals, then its initializer or a warm-up batch."""
-    if cores.empty():  # It replaces a worker that died: the script is about to end.
+def set_up(cores, problems, initializer, *files):
+    """Set up a worker of the pool, by its initializer or a warm-up batch; then report what went wrong, if anything."""
+    if cores.empty():  # The pool replaces a worker that died: the script is about to end.
+        problems.put("a worker died")
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the script ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -254,14 +255,9 @@ def set_up(cores, initializer, *files):
             initialize(cores, *files)
         else:
             evaluate_next_batch(cores.get(), *files)
+        problems.put("")
     except Exception as error:  # Raised here, it would end the worker, and the pool would start another.
-        kept["problem"] = str(error)
-
-
-def raise_problem(*task):
-    """Raise in the script, as a call's exception, what went wrong when this worker was set up."""
-    if "problem" in kept:
-        raise RuntimeError(kept["problem"])
+        problems.put(str(error))
 
 
 def check_alive(workers):
@@ -290,11 +286,13 @@ def main():
         queue = multiprocessing.SimpleQueue()
         for core in cores:
             queue.put(core)
+        problems = multiprocessing.SimpleQueue()
         files = [arguments.model, arguments.data, record["mode"]]
-        pool = multiprocessing.Pool(len(cores), set_up, (queue, arguments.initializer, *files))
+        pool = multiprocessing.Pool(len(cores), set_up, (queue, problems, arguments.initializer, *files))
         workers = multiprocessing.active_children()
+        for problem in filter(None, [problems.get() for _ in cores]):  # Every worker reports, or its replacement does.
+            raise RuntimeError(problem)
         tasks = [(core, *files) for core in cores]
-        list(pool_rounds(pool, workers, raise_problem, tasks, 1))  # This waits until all are set up.
         function = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
         run_trials(arguments, record, y_test, lambda: workers, pool_rounds, pool, workers, function, tasks)
     except Exception as error:

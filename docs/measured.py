@@ -96,14 +96,15 @@ def findings():
 """
 
 
-def growth():
-    return f"```\n{(ROOT / 'results' / 'growth.txt').read_text()}```\n"
+def verbatim(name):
+    """Return what a command has printed into results/NAME."""
+    return f"```\n{(ROOT / 'results' / name).read_text()}```\n"
 
 
 PAGES = {
     "README.md": {"findings": findings, "today": today, "original": original},
-    "docs/measuring.md": {"results": lambda: full("results.jsonl")},
-    "docs/why-25x.md": {"original": lambda: full("original.jsonl"), "growth": growth},
+    "docs/measuring.md": {"results": lambda: full("results.jsonl"), "overhead": lambda: verbatim("overhead.txt")},
+    "docs/why-25x.md": {"original": lambda: full("original.jsonl"), "growth": lambda: verbatim("growth.txt")},
 }
 
 

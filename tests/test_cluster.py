@@ -170,7 +170,7 @@ def test_nodes_die_and_another_joins(cluster, start, files):
             raylet(joined).kill()
             status, _, err = bench.finish()
     assert status == 1
-    assert f"--wait {WAIT}" in err and "Traceback" not in err
+    assert f"{WAIT} s (--wait)" in err and "Traceback" not in err
     records = bench.records()
     assert [record["trial"] for record in records] == list(range(len(records)))
     assert [record["restarts"] for record in records if record["restarts"]] == [1, 1]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 BENCHES = sorted(ROOT.glob("bench_*.py"))
 COMMON, RAY, POOL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -71,3 +71,19 @@ def test_a_snippet_runs_in_an_empty_folder(script, code, trained, tmp_path):
     with np.load(trained[1]) as mnist:
         for answers in results:
             assert np.mean(np.argmax(answers, axis=1) == mnist["y_test"]) > 0.9
+
+
+def test_what_the_pages_show_was_measured_and_is_up_to_date():
+    done = run("docs/measured.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_names_of_files_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        names = re.findall(r"\]\((?!http)([^)#]+)", text)
+        assert names
+        for name in names:
+            assert (page.parent / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(r"`(?:\w+/)?[\w-]+\.(?:py|yaml|txt|sh)`", text):
+            assert (ROOT / name.strip("`")).exists(), f"{page.name}: {name}"

@@ -1,7 +1,4 @@
-"""Measure what the harness and Ray cost beyond the work itself: always two things, whose rounds take turns.
-
-Run it with `make benchmark` on a machine that has nothing else to do. More --passes make it sharper.
-"""
+"""What the harness and Ray cost beyond the work itself, on a machine that is idle otherwise: two things in turns."""
 
 import argparse
 import contextlib
@@ -20,8 +17,6 @@ import bench_ray
 from bench_ray import ray
 
 GFLOP = 2 * 10000 * (784 * 512 + 512 * 10) / 1e9  # of one batch: two matrix products
-WAIT = 600  # seconds for an answer
-WARM_UP = 5  # rounds that do not count
 IN_REPLY = {"env_vars": {"RAY_max_direct_call_object_size": "1000000"}}  # bytes; Ray's default is 100 kB
 
 
@@ -42,14 +37,7 @@ class Empty:
         start = time.perf_counter()
         for _ in range(3):
             tf.linalg.matmul(a, a).numpy()
-        gflops = 3 * 2 * 2048**3 / 1e9 / (time.perf_counter() - start)
-        return GFLOP / gflops
-
-
-def limit_rounds(actors):
-    while True:
-        seconds = ray.get([actor.batch_seconds.remote() for actor in actors])
-        yield np.mean(seconds), seconds
+        return (time.perf_counter() - start) * GFLOP / (3 * 2 * 2048**3 / 1e9)
 
 
 def bare_rounds(actors):
@@ -79,7 +67,7 @@ def send(processes, number):
 
 def compare(what, first, second, count):
     """Print the ratio of the median rounds of two generators, and the median difference with its 95 % interval."""
-    seconds = np.array([(next(first)[0], next(second)[0]) for _ in range(count)])[WARM_UP:]
+    seconds = np.array([(next(first)[0], next(second)[0]) for _ in range(count)])[count // 10 :]
     one, other = 1e3 * np.median(seconds, axis=0)
     reach = 98 / np.sqrt(len(seconds))  # in percentiles, by the binomial distribution
     low, difference, high = 1e3 * np.percentile(seconds[:, 0] - seconds[:, 1], [50 - reach, 50, 50 + reach])
@@ -88,30 +76,33 @@ def compare(what, first, second, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=bench_ray.filename)
     parser.add_argument("--data", default=bench_ray.datafile)
     parser.add_argument("--passes", type=int, default=5, help="of 20 rounds each; default %(default)s")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # bench_ray.py has set another; SIGTERM will be the same.
     cores = bench_ray.physical_cores()
-    count = 20 * arguments.passes + WARM_UP
-
-    files = (arguments.model, arguments.data, "predict")
+    count = 20 * arguments.passes
+    task = (arguments.model, arguments.data, "predict")
     queue = multiprocessing.SimpleQueue()
     for core in cores:
         queue.put(core)
-    pool = multiprocessing.Pool(len(cores), mp.set_up, (queue, True, *files))  # Before Ray starts: it is forked.
+    problems = multiprocessing.SimpleQueue()
+    pool = multiprocessing.Pool(len(cores), mp.set_up, (queue, problems, True, *task))
+    for problem in filter(None, [problems.get() for _ in cores]):
+        sys.exit(problem)
     workers = multiprocessing.active_children()
-    tasks = [(core, *files) for core in cores]
+    tasks = [(core, *task) for core in cores]
     rounds = mp.pool_rounds(pool, workers, mp.evaluate_next_batch_initialized, tasks, 2 * count)
 
-    files = (arguments.model, arguments.data, "predict_on_batch")
-    stored = bench_ray.ray_rounds(bench_ray.start_actors("local", len(cores), *files), WAIT, 2 * count)
-    limit = limit_rounds([Empty.remote(core) for core in cores])
+    task = (arguments.model, arguments.data, "predict_on_batch")
+    stored = bench_ray.ray_rounds(bench_ray.start_actors("local", len(cores), *task), None, 2 * count)
+    products = [Empty.remote(core) for core in cores]
+    limit = ([np.mean(ray.get([product.batch_seconds.remote() for product in products]))] for _ in range(count))
     compare("predict_on_batch, arithmetic limit / Ray (aim: at least 0.8)", limit, stored, count)
     in_reply = bench_ray.Model.options(num_cpus=0, runtime_env=IN_REPLY)
-    replied = bench_ray.ray_rounds([in_reply.remote(i, *files) for i in range(len(cores))], WAIT, count)
+    replied = bench_ray.ray_rounds([in_reply.remote(i, *task) for i in range(len(cores))], None, count)
     compare("predict_on_batch, answers in Ray's replies / in its object store", replied, stored, count)
 
     children = psutil.Process().children(recursive=True)
@@ -123,7 +114,7 @@ def main():
     as_model = Empty.options(max_restarts=10, max_task_retries=-1)  # like bench_ray.Model
     for num_actors in (1, 2, 8, 32):
         places = [cores[i % len(cores)] for i in range(num_actors)]
-        ours = bench_ray.ray_rounds([as_model.remote(core) for core in places], WAIT, count)
+        ours = bench_ray.ray_rounds([as_model.remote(core) for core in places], None, count)
         bare = bare_rounds([Empty.remote(core) for core in places])
         compare(f"{num_actors} actors, harness / bare calls (aim: at most +1 ms)", ours, bare, count)
 
