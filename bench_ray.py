@@ -198,7 +198,7 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
     record: the fields that all trials share. y_test: the correct labels (10000,). workers(): an identifier for each
     worker, which changes if it is replaced. rounds(*task, count): yields the seconds and the answers of each round.
     """
-    record["setup_seconds"] = time.perf_counter() - STARTED
+    setup = record["setup_seconds"] = time.perf_counter() - STARTED
     totals = []
     for trial in range(arguments.trials):
         before = set(workers())
@@ -225,9 +225,8 @@ def run_trials(arguments, record, y_test, workers, rounds, *task):
         if not restarts:  # Otherwise the seconds include a worker's second set-up.
             totals.append(total)
     deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
-    counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores"
-    setup = f"set-up {record['setup_seconds']:.1f} s, not timed"
-    write(f"mean {np.mean(totals or [np.nan]):.3f} s, standard deviation {deviation} ({counts}); {setup}", sys.stdout)
+    counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores); set-up {setup:.1f} s"
+    write(f"mean {np.mean(totals or [np.nan]):.3f} s, standard deviation {deviation} ({counts}, not timed", sys.stdout)
 
 
 def explain(error, arguments):
@@ -235,8 +234,7 @@ def explain(error, arguments):
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # Ray's message contains a traceback. What Keras says after the first sentence can be unsafe advice.
     cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
-    files = f"model {arguments.model}, data {arguments.data}: python train_model.py makes both"
-    return f"{cause} ({files})\n"
+    return f"{cause} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
 
 
 QUIET = {"log_to_driver": False, "logging_level": "CRITICAL"}  # Errors are raised; the logs repeat them.
@@ -295,6 +293,8 @@ def main():
 
         workers()  # This waits until all are set up.
         run_trials(arguments, record, y_test, workers, ray_rounds, actors, arguments.wait)
+    except ray.exceptions.GetTimeoutError:
+        end(1, f"no answer after {arguments.wait} s (--wait): see ray status whether every actor has a CPU\n")
     except Exception as error:
         end(1, explain(error, arguments))
     end(0)
