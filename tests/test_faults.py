@@ -16,6 +16,16 @@ pytestmark = pytest.mark.timeout(300)  # None takes a minute on a quiet machine.
 ENDLESS = ["--trials", "100000", "--rounds", "1", "--predict-on-batch"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def killed(start):
+    """A run of Ray that `kill -9` has ended, before the tests of this file: the last one looks at what it has left."""
+    bench = start("ray", *ENDLESS)
+    bench.wait_for("trial 1:")
+    assert len(bench.family()) > 5
+    bench.process.kill()
+    return bench
+
+
 def check_finished_trials(bench):
     """Every trial that was printed is recorded, none in part, and nothing is left running."""
     assert bench.left() == []
@@ -97,15 +107,6 @@ def test_signal_while_workers_are_set_up(start, approach, number):
     assert bench.left() == [] and bench.records() == []
 
 
-def test_after_kill_9_ray_ends_its_processes_itself(start):
-    bench = start("ray", *ENDLESS)
-    bench.wait_for("trial 1:")
-    assert len(bench.family()) > 5
-    bench.process.kill()
-    assert bench.left(90) == []  # Ray takes a minute to notice.
-    assert check_finished_trials(bench) >= 1
-
-
 def test_results_that_cannot_be_written_are_told(trained, tmp_path):
     files = ["--model", trained[0], "--data", trained[1], "--trials", "1", "--rounds", "1"]
     for place in (tmp_path, tmp_path / "missing" / "results.jsonl"):
@@ -141,3 +142,8 @@ def test_end_ends_processes_that_do_not_listen(tmp_path):
     assert (done.returncode, done.stderr) == (7, "the end\n")
     time.sleep(0.2)
     assert not psutil.pid_exists(int(done.stdout)) or not alive(psutil.Process(int(done.stdout)))
+
+
+def test_after_kill_9_ray_ends_its_processes_itself(killed):
+    assert killed.left(90) == []  # It takes Ray a minute to notice.
+    assert check_finished_trials(killed) >= 1
