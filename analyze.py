@@ -24,7 +24,8 @@ import pydantic
 from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt, create_model
 from scipy import stats
 
-os.environ["MPLBACKEND"] = "agg"  # The next import fails if the shell names a backend that is not installed.
+# The shell may name a backend that is not installed; the user's matplotlibrc may ask for LaTeX.
+os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 from matplotlib.figure import Figure
 
 warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's and SciPy's, about too few values (NaN) and equal ones.
