@@ -10,7 +10,6 @@ Exit status: 0; 1 if a file cannot be used or a comparison was refused (the othe
 
 import argparse
 import fileinput
-import gc
 import os
 import re
 import sys
@@ -24,10 +23,10 @@ import pydantic
 from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt, create_model
 from scipy import stats
 
-# The shell may name a backend that is not installed; the user's matplotlibrc may ask for LaTeX.
-os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
-from matplotlib.figure import Figure
+os.environ["MPLBACKEND"] = "agg"  # The next import fails if the shell names a backend that is not installed.
+import matplotlib.figure
 
+matplotlib.rcdefaults()  # A user's matplotlibrc may ask for LaTeX.
 warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's and SciPy's, about too few values (NaN) and equal ones.
 
 # The order of tables and figures. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
@@ -303,7 +302,7 @@ def report(trials):
 
 def draw(trials):
     """Return a matplotlib Figure of trials of one family: the seconds of each, and every round in order."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     cores = sorted({trial.num_cpus for trial in trials})
     names = [name for name in APPROACHES if any(trial.approach == name for trial in trials)]
@@ -342,7 +341,6 @@ def main():
     parser.add_argument("results", nargs="*", default=["results.jsonl"], metavar="results.jsonl")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the trials: a .png, .svg or .pdf")
     arguments = parser.parse_args()
-    gc.disable()  # There may be many records, and there is no garbage: looking for it takes half the time of reading.
     try:
         refused, compared = report(read(arguments.results))
         sys.stdout.flush()

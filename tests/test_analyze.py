@@ -383,7 +383,7 @@ def test_figure_is_logarithmic_from_ten_times_on():
 
 def test_figure_is_of_the_most_trials(analysis, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(analyze, "draw", lambda trials: shown.extend(trials) or analyze.Figure())
+    monkeypatch.setattr(analyze, "draw", lambda trials: shown.extend(trials) or analyze.matplotlib.figure.Figure())
     analysis(series(RAY, STEADY[:3]) + series(RAY, STEADY, mode="predict_on_batch"), "--figure", tmp_path / "new.png")
     assert {trial.mode for trial in shown} == {"predict_on_batch"}
 
