@@ -244,7 +244,8 @@ def claims_table(here):
         ("Ray beats multiprocessing", "multiprocessing / Ray", ">", 1, compare(pool, ray)),
         ("Ray beats serial", "serial / Ray", ">", 1, compare(serial, ray)),
         ("multiprocessing does not beat serial", "multiprocessing / serial", ">", 1, compare(pool, serial)),
-        ("serial keeps more than one core busy", "cores busy", ">", 1, serial.cores_busy),
+        # A tenth more than one, because the CPU time of the checks between rounds counts as well.
+        ("serial keeps more than one core busy", "cores busy", ">", 1.1, serial.cores_busy),
         ("rounds of multiprocessing do not get slower", "last third / first third", "<", MOST_GROWTH, pool.growth),
     ):
         if not (low > threshold or high < threshold):  # Or there are no limits (NaN).

