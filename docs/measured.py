@@ -103,14 +103,14 @@ def findings():
 
     return f"""\
 - **On the stack of 2019, even with two cores, the article's pool takes {factor} times as long as Ray** (ratio of the
-  means; published: 25). But it gets slower with every call: trial by trial {trials} times.
+  means; published: 25). But it slows down with every call. Trial by trial: {trials} times.
 - **The growth is a leak, and one line stops it.** In TensorFlow 1 every `load_model` adds {added()} operations to a
   graph that nothing clears. After `clear_session()` the pool takes {cleared} times as long ({cleared_interval}).
 - **Today the pool takes {pool} times as long as Ray** ({pool_interval}) with `predict`, the article's way to call the
   model, and {naive} times ({naive_interval}) with `predict_on_batch`. Serial takes {serial} and {in_one} times as long.
-  All this is without set-up. With it, a trial takes the pool {whole(POOL)} s, and Ray {whole("ray")} s.
+  This excludes set-up. With it, a trial takes the pool {whole(POOL)} s, and Ray {whole("ray")} s.
 - **A pool that loads once, by an initializer, is as fast as Ray or faster**: {once} times ({once_interval}) with
-  `predict`, {in_batch} times ({batch_interval}) with `predict_on_batch`. In brackets: 95 % intervals.
+  `predict`, {in_batch} times ({batch_interval}) with `predict_on_batch`. The ranges are 95 % intervals.
 """
 
 
