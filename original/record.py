@@ -17,7 +17,7 @@ import platform
 import signal
 import sys
 
-os.environ.update(TF_CPP_MIN_LOG_LEVEL="1", TF2_BEHAVIOR="0")  # Errors alone; version 1, whatever the shell exports.
+os.environ.update(TF_CPP_MIN_LOG_LEVEL="1", TF2_BEHAVIOR="0")  # No notices; version 1, whatever the shell exports.
 
 import h5py
 import numpy as np
