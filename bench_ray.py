@@ -40,7 +40,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during t
 import numpy as np
 import psutil
 
-# Defaults, whatever the user's environment says; Ray does not start with the last two. No GPU: it is about CPU cores.
+# Whatever the user's environment says. With the last two set, Ray would not start. No GPU: this is about CPU cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
 SETTINGS |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "PYTHONOPTIMIZE": "", "PYTHONWARNINGS": ""}
 os.environ |= SETTINGS
