@@ -1,37 +1,37 @@
-# make            set up, train once, TRIALS passes over the four approaches, analysis and figure; again: TRIALS more
+# make            set up, train once, TRIALS runs of each of the four approaches, taking turns; analysis and figure
 # make sweep      the same on 1, 2, 4, ... up to all physical cores
 # make original   the article's programs on the article's stack of 2019 (needs a Python 3.7)
 # make test       set up, run all tests
 # make lint       check format and style
-# make benchmark  what the harness and Ray's presence cost, as ratios measured here
+# make benchmark  what the presence of Ray, and our deviations from the article, cost: measured here
 # make clean      remove the environments; results, model and data stay
 
 PYTHON  ?= python3
 TRIALS  ?= 5
 ROUNDS  ?= 10
+MODE    ?= predict
 MODEL   ?= /tmp/model.keras
 DATA    ?= /tmp/mnist.npz
 RESULTS ?= results.jsonl
 FIGURE  ?= results.png
-FLAGS   ?=
 RUN      = .venv/bin/python
-CORES    = $$($(RUN) -c 'import bench_serial; print(len(bench_serial.physical_cores()))')
-SWEEP    = $$($(RUN) -c 'import bench_serial; n = len(bench_serial.physical_cores()); \
-	print(*sorted({n} | {2**i for i in range(n.bit_length())}))')
+COUNT    = $(RUN) -c 'import bench_serial; n = len(bench_serial.physical_cores());
+CORES    = $$($(COUNT) print(n)')
+SWEEP    = $$($(COUNT) print(*sorted({n} | {2**i for i in range(n.bit_length())}))')
 
 # What a user's shell exports for other programs must not decide here.
 unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS
 
-# One trial of each approach a pass, the order turned from pass to pass: a machine that drifts hits all alike.
+# One run of each approach a pass, the order turned from pass to pass: a machine that drifts hits all alike.
 all: train
 	@set -- bench_serial.py bench_multiprocessing.py 'bench_multiprocessing.py --initializer' \
 		'bench_ray.py --address local'; \
 	for pass in $$(seq $(TRIALS)); do \
 		for cores in $(CORES); do for script in "$$@"; do \
 			printf '%s' "pass $$pass of $(TRIALS), $$cores cores, $$script: "; \
-			$(RUN) $$script --trials 1 --rounds $(ROUNDS) --num-cpus $$cores --model $(MODEL) --data $(DATA) \
-				--output $(RESULTS) $(FLAGS) > make.log 2>&1 || { cat make.log >&2; exit 1; }; \
-			sed -n 's/^trial 1: //p' make.log; \
+			$(RUN) $$script --mode $(MODE) --rounds $(ROUNDS) --num-cpus $$cores --model $(MODEL) --data $(DATA) \
+				--output $(RESULTS) > make.log 2>&1 || { cat make.log >&2; exit 1; }; \
+			tail -n 1 make.log; \
 		done; done; \
 		first=$$1; shift; set -- "$$@" "$$first"; \
 	done

@@ -1,116 +1,135 @@
-"""Time ten rounds of batch prediction by a multiprocessing.Pool: in each round one batch per physical core.
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["keras==3.15.1", "numpy==2.4.6", "psutil==7.2.2", "tensorflow==2.21.0"]
+# ///
+"""Time ten rounds of batch prediction by a multiprocessing.Pool: in each round every physical core predicts a batch.
 
-The multiprocessing side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing". A pool's function is stateless: every call loads the model and the data again. With --initializer
-each worker loads them once, which the article names as the way out in some cases and shows no code for.
+The Pool's side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
+multiprocessing". Its function is stateless: every call loads the model and the images. With --initializer each worker
+loads them once, which the article names as a way out in some cases, and shows no code for.
+Appends the run to results.jsonl if all answers are right. Not for notebooks: the script ends its own process.
 
-Differences from the article that matter:
-- each worker, with all its threads, is pinned to one physical core (on Linux);
-- every worker answers one warm-up batch before the clock starts: TensorFlow does some things once per process;
-- the images come from a file, and from a tf.data pipeline like Keras's own, with autotuning turned off;
-- all answers must agree and be accurate; otherwise, or when a worker dies, the script ends.
-
-    python train_model.py                            # once
-    python bench_multiprocessing.py                  # five trials of ten rounds; loads in every call
-    python bench_multiprocessing.py --initializer    # the same; loads once
-
-Prints a line for each trial, then their mean and standard deviation; appends one JSON line per trial to results.jsonl.
+    python train_model.py                          # once; leaves /tmp/model.keras and /tmp/mnist.npz
+    python bench_multiprocessing.py                # loads in every call
+    python bench_multiprocessing.py --initializer  # loads once
 """
 
 import time
 
 STARTED = time.perf_counter()  # Set-up counts from here: the imports below are part of it.
-
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import json
-import multiprocessing
 import os
-import platform
+import re
 import signal
 import sys
-import zipfile
+from importlib.metadata import version
+from multiprocessing import Pool, active_children, current_process, get_start_method
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports; main() does better.
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports below.
 import numpy as np
 import psutil
 
-# Whatever the user's environment says. With the last two set, Ray would not start. No GPU: this is about CPU cores.
-SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-SETTINGS |= {"TF_USE_LEGACY_KERAS": "0", "TF_NUM_INTRAOP_THREADS": "0", "PYTHONOPTIMIZE": "", "PYTHONWARNINGS": ""}
-os.environ |= SETTINGS
-
-filename = "/tmp/model.keras"
-datafile = "/tmp/mnist.npz"
-
-# The article's code, with the clock
+# Whatever the user's environment says. No GPU: this is about processor cores.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"}
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "0"}
+VERSIONS = {name: version(name) for name in ("keras", "numpy", "tensorflow")}
+kept = {}  # With --initializer: what a worker keeps for its calls.
 
 
 def evaluate_next_batch(core, filename, datafile, mode):
-    # A call cannot rely on what an earlier one has left: it pins its process, and loads the model and the data.
+    # A call cannot rely on what an earlier one has left: it pins its process, and loads the model and the images.
     pin(core)
-    model, x_test = load(filename, datafile, mode)
-    return predict(model, x_test, mode)
+    predict = load(filename, datafile, mode)
+    return predict()
 
 
-kept = {}  # what a worker's initializer leaves for its calls
+def initialize(cores, *files):
+    number = int(current_process().name.rpartition("-")[2])  # of ForkPoolWorker-1, or alike
+    pin(cores[(number - 1) % len(cores)])
+    with contextlib.suppress(Exception):  # The pool would replace the worker, for ever. The first call fails, too.
+        kept["predict"] = load(*files)
 
 
-def initialize(cores, filename, datafile, mode):
-    # The pool runs this once in each worker. The queue holds a core for every worker.
-    pin(cores.get())
-    kept["model"], kept["x_test"] = load(filename, datafile, mode)
-    predict(kept["model"], kept["x_test"], mode)  # The first call traces the model.
+def evaluate_next_batch_initialized(core, *files):
+    predict = kept.get("predict") or load(*files)
+    return predict()
 
 
-def evaluate_next_batch_initialized(core, filename, datafile, mode):
-    return predict(kept["model"], kept["x_test"], mode)
+def main():
+    parser = argparse.ArgumentParser(description="Time batch prediction by a multiprocessing.Pool.")
+    parser.add_argument("--initializer", action="store_true", help="load once in each worker, not in every call")
+    arguments = parse_arguments(parser)
+    cores = physical_cores()[: arguments.num_cpus]
+    files = [arguments.model, arguments.data, arguments.mode]
+    approach = "multiprocessing+initializer" if arguments.initializer else "multiprocessing"
+    evaluate = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
+    tasks = [(core, *files) for core in cores]
+    pool = Pool(len(cores), initialize if arguments.initializer else None, (cores, *files))
+    workers = active_children()
+    answered = set()
+    while len(answered) < len(cores):  # Until all are set up: a fast worker may take a slow one's task.
+        answered.update(starmap(pool, workers, warm_up, [(evaluate, *task) for task in tasks]))
+    setup_seconds = time.perf_counter() - STARTED
 
-
-def pool_rounds(pool, workers, function, tasks, rounds):
-    """Yield the seconds and the answers of each round. Ends the script if a worker has died."""
-    for _ in range(rounds):
+    round_seconds = []
+    answers = []
+    for _ in range(arguments.rounds):
         start = time.perf_counter()
-        answers = pool.starmap_async(function, tasks)
-        while not answers.ready():  # starmap() waits for a dead worker for ever (CPython issue 96062).
-            answers.wait(1)
-            check_alive(workers)
-        results = answers.get()
-        yield time.perf_counter() - start, results
+        results = starmap(pool, workers, evaluate, tasks)
+        round_seconds.append(time.perf_counter() - start)
+        answers += [np.argmax(result, axis=1) for result in results]
+        print(f"round {len(round_seconds)}: {round_seconds[-1]:.3f} s", flush=True)
+
+    record(arguments, approach, len(cores), setup_seconds, round_seconds, answers, start_method=get_start_method())
+    end(0)
 
 
-def load(filename, datafile, mode):
-    """Load what a worker needs: the model, and the 10,000 test images, scaled to 0..1, as predict() takes them."""
-    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
-
-    model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))  # All four arrays, which the article's mnist.load_data() reads, too.
-    x_test = np.float32(mnist["x_test"] / 255.0)  # Keras would convert float64 images in every call.
-    if mode == "predict_on_batch":
-        return model, tf.constant(x_test)
-    # The batches that Keras would make of the array, without autotuning: its end can delay a call by 0.3 s.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return model, tf.data.Dataset.from_tensor_slices(x_test).batch(32).with_options(options)
+def warm_up(evaluate, *task):
+    """Answer a first batch; return this worker's process id."""
+    evaluate(*task)
+    return os.getpid()
 
 
-def predict(model, x_test, mode):
-    """Return the probability of each digit for each image: (10000, 10), float32."""
-    return model.predict_on_batch(x_test) if mode == "predict_on_batch" else model.predict(x_test, verbose=0)
+def starmap(pool, workers, function, tasks):
+    """Do as pool.starmap, but end the script if a worker has died: pool.starmap would wait for ever (CPython 96062)."""
+    results = pool.starmap_async(function, tasks)
+    while not results.ready():
+        results.wait(1)
+        for worker in workers:
+            if worker.exitcode is not None:
+                end(1, f"a worker has died: {worker}; SIGKILL can mean that memory ran out\n")
+    return results.get()
 
 
-# Cores
-
-
-def pin(core):
-    """Move this process to one core, with every thread: threads that exist do not follow the first one."""
+def pin(cpu):
+    """Move this process to one CPU, with every thread: threads that exist do not follow the first one."""
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity([core])
+                psutil.Process(thread.id).cpu_affinity([cpu])
+
+
+# From here on: the same in all bench scripts.
+def load(filename, datafile, mode):
+    """Load the model and the test images; return a function that predicts: () -> scores of the classes, (10000, 10)."""
+    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
+
+    tf.get_logger().setLevel("ERROR")  # It warns of a model that is traced in every call: that is what we measure.
+    model = tf.keras.models.load_model(filename)
+    x_test = dict(np.load(datafile))["x_test"] / 255.0  # All arrays are read, as by the article's mnist.load_data().
+    if mode == "predict_array":  # The article's call. It can end 0.3 s late: Keras waits for tf.data's autotuner.
+        return lambda: model.predict(x_test, verbose=0)
+    images = tf.constant(x_test, "float32")  # Keras would convert float64 in every call.
+    if mode == "predict_on_batch":  # One step for all images: little but arithmetic.
+        return lambda: model.predict_on_batch(images)
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    batches = tf.data.Dataset.from_tensor_slices(images).batch(32).with_options(options)  # 313 steps, as in Keras.
+    return lambda: model.predict(batches, verbose=0)
 
 
 def physical_cores():
@@ -126,176 +145,65 @@ def physical_cores():
 
 
 def core_of(cpu):
-    """Return a key that the CPUs (hyper-threads) of one physical core share, and no others."""
+    """Return a key that the CPUs (hyper-threads) of one physical core share; each CPU's own, if that is unknown."""
     siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    return siblings.read_text() if siblings.exists() else cpu  # Topology unknown: every CPU counts as a core.
+    return siblings.read_text() if siblings.exists() else cpu
 
 
-# The harness, the same in all bench scripts
+def parse_arguments(parser):
+    """Add the flags that all scripts have, and parse. From here on exceptions and signals end the script by end()."""
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default %(default)s")
+    parser.add_argument("--num-cpus", type=int, choices=range(1, len(physical_cores()) + 1), metavar="N", help="or all")
+    parser.add_argument("--mode", choices=["predict", "predict_array", "predict_on_batch"], default="predict")
+    parser.add_argument("--model", default="/tmp/model.keras", metavar="FILE", help="default %(default)s")
+    parser.add_argument("--data", default="/tmp/mnist.npz", metavar="FILE", help="default %(default)s")
+    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="default %(default)s")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("argument --rounds: must be at least 1")
 
-ACCURACY_FLOOR = 0.9  # on the test images; below it, model or data is not what it should be
-MNIST_SHA256 = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021"  # of its arrays' bytes
+    def explain(kind, error, traceback):
+        lines = str(error).strip().splitlines() or [""]
+        # Errors of Ray's workers end with a traceback. What Keras says after its first sentence can be unsafe advice.
+        cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
+        files = f"model {arguments.model}, data {arguments.data}, output {arguments.output.name}"
+        end(1, f"{kind.__name__}: {cause} ({files}; train_model.py makes a model and data, python -X dev tells more)\n")
+
+    if not sys.flags.dev_mode:
+        sys.excepthook = explain
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: end(128 + number))  # 130 or 143, and no traceback
+    return arguments
+
+
+def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers, **more):
+    """Check the answers, which are the labels (10000,) of every batch; append the record of the run to the output."""
+    mnist = np.load(arguments.data)
+    labels = np.array(answers, np.uint8)
+    accuracy = np.mean(labels == mnist["y_test"].ravel())
+    if accuracy < 0.9 or (labels != labels[0]).any():
+        raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(np.unique(labels, axis=0))} different ones")
+    data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
+    weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
+    cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"
+    names = dict.fromkeys(re.findall("(?m)^(?:model name|CPU implementer|CPU part).*: (.*)", cpuinfo))  # ARM has two.
+    fields = {"approach": approach, "mode": arguments.mode, "num_cpus": num_cpus, "accuracy": accuracy}
+    fields |= {"nodes": 1, "cluster": False, "restarts": 0, "start_method": None, "cpu_seconds": None} | more
+    fields |= {"time": time.time(), "setup_seconds": setup_seconds, "round_seconds": round_seconds}
+    fields |= {"labels": hashlib.sha256(labels[0]).hexdigest(), "model": hashlib.sha256(weights).hexdigest()}
+    fields |= {"data": hashlib.sha256(data).hexdigest(), "versions": VERSIONS | {"python": sys.version.split()[0]}}
+    fields |= {"machine": f"{' '.join(names)}, {psutil.cpu_count(logical=False)} physical cores, {os.uname().sysname}"}
+    print(json.dumps(fields), file=arguments.output, flush=True)
+    print(f"{approach}: {sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right")
 
 
 def end(status, message=""):
-    """Kill every process that this script has started, print the message on stderr, and leave.
-
-    A run always ends here: a clean shutdown of a pool or of Ray can hang if a process is dead or still starting.
-    """
+    """Kill all processes that this script has started, and leave. A clean shutdown of a pool or of Ray can hang."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     sys.stderr.write(message)
     os._exit(status)
-
-
-def write(line, file):
-    """Write and flush a line, to stdout or to the records. If that fails, show it on stderr and end the script."""
-    try:
-        print(line, file=file, flush=True)
-    except OSError as error:
-        end(1, f"{line}\ncannot write this to {file.name}: {error.strerror} (--output names the file of records)\n")
-
-
-def parse_arguments(parser):
-    """Add the flags that all bench scripts share, parse the command line, and return it and the cores to use."""
-    cores = physical_cores()
-    parser.add_argument("--trials", type=int, default=5, metavar="N", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of a trial; default %(default)s")
-    parser.add_argument("--num-cpus", type=int, metavar="N", choices=range(1, len(cores) + 1), help="default: all")
-    parser.add_argument("--predict-on-batch", action="store_true", help="one call for 10,000 images, not 313")
-    parser.add_argument("--model", default=filename, metavar="FILE", help="default %(default)s")
-    parser.add_argument("--data", default=datafile, metavar="FILE", help="default %(default)s")
-    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="%(default)s")
-    arguments = parser.parse_args()
-    if min(arguments.trials, arguments.rounds) < 1:
-        parser.error("--trials and --rounds must be at least 1")
-    return arguments, cores[: arguments.num_cpus]
-
-
-def describe(arguments, approach, num_cpus, kind_of_ray):
-    """Return the fields that all records of a run share, and the correct labels (10000,).
-
-    The model is identified by its weights: the rest of its file contains a date.
-    """
-    mnist = dict(np.load(arguments.data))
-    digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
-    kind = "stand-in" if "stand_in" in mnist else f"other-{digest[:8]}"
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    found = importlib.metadata.packages_distributions()
-    names = found.keys() & {"tensorflow", "keras", "numpy", "ray"}  # Ray may be missing: only bench_ray.py needs it.
-    versions = {name: importlib.metadata.version(found[name][0]) for name in names}
-    record = {"approach": approach, "num_cpus": num_cpus, "nodes": 1, "ray": kind_of_ray, "run": f"{time.time_ns()}"}
-    record["model"] = hashlib.sha256(zipfile.ZipFile(arguments.model).read("model.weights.h5")).hexdigest()
-    record["mode"] = "predict_on_batch" if arguments.predict_on_batch else "predict"
-    record["data"] = "mnist" if digest == MNIST_SHA256 else kind
-    record["host"] = {"cpu": cpu, "physical_cores": psutil.cpu_count(logical=False), "system": platform.system()}
-    record["versions"] = versions | {"python": platform.python_version()}
-    return record, mnist["y_test"]
-
-
-def run_trials(arguments, record, y_test, workers, rounds, *task):
-    """Time, check, record and print the trials, then their mean and deviation. Raises ValueError on wrong answers.
-
-    record: the fields that all trials share. y_test: the correct labels (10000,). workers(): an identifier for each
-    worker, which changes if it is replaced. rounds(*task, count): yields the seconds and the answers of each round.
-    """
-    setup = record["setup_seconds"] = time.perf_counter() - STARTED
-    totals = []
-    for trial in range(arguments.trials):
-        before = set(workers())
-        cpu_started = time.process_time()
-        round_seconds = []
-        digests = set()
-        for seconds, results in rounds(*task, arguments.rounds):
-            round_seconds.append(seconds)
-            labels = np.argmax(results, axis=2).astype(np.uint8)  # (num_cpus, 10000)
-            digests.update(hashlib.sha256(row).hexdigest() for row in labels)
-            accuracy = np.mean(labels == y_test)
-            if len(digests) > 1 or accuracy < ACCURACY_FLOOR:
-                suspect = "model" if record["data"] == "mnist" else f"model or the {record['data']} data"
-                raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(digests)} versions, by the {suspect}")
-            if sys.stderr.isatty():  # The trial's line takes the place of this one.
-                print(f"round {len(round_seconds)} of {arguments.rounds}", end="\r", file=sys.stderr, flush=True)
-        record["cpu_seconds"] = time.process_time() - cpu_started if record["approach"] == "serial" else None
-        total = sum(round_seconds)
-        restarts = len(set(workers()) - before)
-        record |= {"trial": trial, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": total}
-        record |= {"round_seconds": round_seconds, "accuracy": accuracy, "labels": digests.pop(), "restarts": restarts}
-        write(json.dumps(record), arguments.output)
-        write(f"trial {trial + 1}: {total:.3f} s, accuracy {accuracy:.4f}, {restarts} restarts", sys.stdout)
-        if not restarts:  # Otherwise the seconds include a worker's second set-up.
-            totals.append(total)
-    deviation = f"{np.std(totals, ddof=1):.3f} s" if len(totals) > 1 else "unknown"
-    counts = f"{len(totals)} trials of {arguments.rounds} rounds, {record['num_cpus']} cores); set-up {setup:.1f} s"
-    write(f"mean {np.mean(totals or [np.nan]):.3f} s, standard deviation {deviation} ({counts}, not timed", sys.stdout)
-
-
-def explain(error, arguments):
-    """Return one line about an exception of NumPy, Keras, Ray or a worker: its cause, the files, their remedy."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Ray's message contains a traceback. What Keras says after the first sentence can be unsafe advice.
-    cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
-    return f"{cause} (model {arguments.model}, data {arguments.data}: python train_model.py makes both)\n"
-
-
-def set_up(cores, problems, initializer, *files):
-    """Set up a worker of the pool, by its initializer or a warm-up batch; then report what went wrong, if anything."""
-    if cores.empty():  # The pool replaces a worker that died: the script is about to end.
-        problems.put("a worker died")
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the script ends its workers.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        if initializer:
-            initialize(cores, *files)
-        else:
-            evaluate_next_batch(cores.get(), *files)
-        problems.put("")
-    except Exception as error:  # Raised here, it would end the worker, and the pool would start another.
-        problems.put(str(error) or type(error).__name__)
-
-
-def check_alive(workers):
-    """End the script if one of the workers has died."""
-    for worker in workers:
-        if worker.exitcode is not None:
-            cause = f"exit status {worker.exitcode}"
-            if worker.exitcode < 0:
-                cause = signal.Signals(-worker.exitcode).name
-            end(1, f"{worker.name} (process {worker.pid}) has died: {cause}; SIGKILL can mean that memory ran out\n")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--initializer", action="store_true", help="load once in each worker, not in every call")
-    arguments, cores = parse_arguments(parser)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: end(128 + number))  # 130 or 143, and no traceback
-    approach = "multiprocessing+initializer" if arguments.initializer else "multiprocessing"
-    try:
-        record, y_test = describe(arguments, approach, len(cores), None)
-        write(f"{approach}: {record['mode']} on {record['data']} data, cores {cores}", sys.stdout)
-        import tensorflow as tf  # In the parent: forked workers inherit it.
-
-        tf.get_logger().setLevel("ERROR")  # Tracing in every call, which it warns of, is what is measured.
-        queue = multiprocessing.SimpleQueue()
-        for core in cores:
-            queue.put(core)
-        problems = multiprocessing.SimpleQueue()
-        files = [arguments.model, arguments.data, record["mode"]]
-        pool = multiprocessing.Pool(len(cores), set_up, (queue, problems, arguments.initializer, *files))
-        workers = multiprocessing.active_children()
-        for problem in filter(None, [problems.get() for _ in cores]):  # Every worker reports, or its replacement does.
-            raise RuntimeError(problem)
-        tasks = [(core, *files) for core in cores]
-        function = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
-        run_trials(arguments, record, y_test, lambda: workers, pool_rounds, pool, workers, function, tasks)
-    except Exception as error:
-        end(1, explain(error, arguments))
-    end(0)
 
 
 if __name__ == "__main__":
