@@ -163,11 +163,11 @@ def parse_arguments(parser):
         parser.error("argument --rounds: must be at least 1")
 
     def explain(kind, error, traceback):
-        lines = str(error).strip().splitlines() or [""]
         # Errors of Ray's workers end with a traceback. What Keras says after its first sentence can be unsafe advice.
-        cause = next((line for line in reversed(lines) if "Error: " in line), lines[0]).split(". ")[0]
+        sentences = str(error).strip().replace("\n", ". ").split(". ")
+        cause = next((sentence for sentence in reversed(sentences) if "Error: " in sentence), sentences[0])
         files = f"model {arguments.model}, data {arguments.data}, output {arguments.output.name}"
-        end(1, f"{kind.__name__}: {cause} ({files}; train_model.py makes a model and data, python -X dev tells more)\n")
+        end(1, f"{kind.__name__}: {cause} ({files}; train_model.py makes fitting ones, python -X dev tells more)\n")
 
     if not sys.flags.dev_mode:
         sys.excepthook = explain
@@ -182,7 +182,9 @@ def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers,
     labels = np.array(answers, np.uint8)
     accuracy = np.mean(labels == mnist["y_test"].ravel())
     if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(f"wrong answers: accuracy {accuracy:.3f}, {len(np.unique(labels, axis=0))} different ones")
+        raise ValueError(
+            f"wrong: {accuracy:.1%} right, {len(np.unique(labels, axis=0))} versions; pixels must be 0 to 255"
+        )
     data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
     weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
     cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"
