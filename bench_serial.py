@@ -131,9 +131,7 @@ def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers,
     labels = np.array(answers, np.uint8)
     accuracy = np.mean(labels == mnist["y_test"].ravel())
     if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(
-            f"wrong: {accuracy:.1%} right, {len(np.unique(labels, axis=0))} versions; pixels must be 0 to 255"
-        )
+        raise ValueError(f"wrong answers: {accuracy:.1%} right; all must be equal, and made of pixels of 0 to 255")
     data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
     weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
     cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"
