@@ -1,12 +1,11 @@
 """Time the article's stateless pool, on the stack of 2019: every call loads the model and the data again.
 
 The article's code, with a clock and with files in place of the download. (The loader of Keras also hashes the data file
-in every call; this one does not.) Every worker has answered once before the clock starts. One pool serves all trials,
-as in the original benchmark.
+in every call; this one does not.) Every worker has answered once before the clock starts.
 
-    python bench_multiprocessing.py
-    python bench_multiprocessing.py --clear-session   # one line more: each call removes the last one's graph
-    python bench_multiprocessing.py --initializer     # the way out that the article names: each worker loads once
+    python bench_multiprocessing.py --rounds 50
+    python bench_multiprocessing.py --rounds 50 --clear-session   # one line more: it removes the last call's graph
+    python bench_multiprocessing.py --rounds 50 --initializer     # the article's way out: each worker loads once
 """
 
 import record  # First: the time of the set-up runs from here.
@@ -51,25 +50,16 @@ def predict_loaded(i):
     return loaded["model"].predict(loaded["x_test"])
 
 
-def pool_rounds(pool, evaluate, rounds):
-    for _ in range(rounds):
-        start = time.perf_counter()
-        results = pool.map(evaluate, range(num_cpus))
-        yield time.perf_counter() - start, results
-
-
 def main():
     flags = record.parser.add_mutually_exclusive_group()
     flags.add_argument("--clear-session", action="store_true", help="each call removes the graph of the last one")
     flags.add_argument("--initializer", action="store_true", help="each worker loads once")
-    arguments = record.parser.parse_args()
+    arguments = record.parse_arguments()
     approach = "multiprocessing"
+    if arguments.clear_session:
+        approach = "multiprocessing+clear_session"
     if arguments.initializer:
         approach = "multiprocessing+initializer"
-    elif arguments.clear_session:
-        approach = "multiprocessing+clear_session"
-    shared = record.announce(approach, num_cpus, arguments)
-    if arguments.initializer:
         evaluate = predict_loaded
         cores = JoinableQueue()
         for i in range(num_cpus):
@@ -80,7 +70,18 @@ def main():
         evaluate = partial(evaluate_next_batch, arguments.model, arguments.data, arguments.clear_session)
         pool = Pool(num_cpus)
         pool.map(evaluate, range(num_cpus))
-    record.run_trials(shared, arguments, partial(pool_rounds, pool, evaluate, arguments.rounds))
+    setup_seconds = time.perf_counter() - record.STARTED
+
+    round_seconds = []
+    answers = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        results = pool.map(evaluate, range(num_cpus))
+        round_seconds.append(time.perf_counter() - start)
+        answers += [result.argmax(axis=1) for result in results]
+        print("round {}: {:.3f} s".format(len(round_seconds), round_seconds[-1]), flush=True)
+
+    record.record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ The article's code, with a clock and with files in place of the download. Before
 answered once. Ray of 2019 listens on all interfaces: here it always has a password, and `make original` keeps it in a
 network namespace where the system allows that.
 
-    python bench_ray.py
+    python bench_ray.py --rounds 50
 """
 
 import record  # First: the time of the set-up runs from here.
 
-from functools import partial
 import psutil
 import ray
 import secrets
@@ -35,21 +34,23 @@ class Model(object):
         return self.model.predict(self.x_test)
 
 
-def ray_rounds(actors, rounds):
-    for _ in range(rounds):
-        start = time.perf_counter()
-        results = ray.get([actor.evaluate_next_batch.remote() for actor in actors])
-        yield time.perf_counter() - start, results
-
-
 def main():
-    arguments = record.parser.parse_args()
-    shared = record.announce("ray", num_cpus, arguments)
-    shared["ray"] = "private"
+    arguments = record.parse_arguments()
     ray.init(num_cpus=num_cpus, redis_password=secrets.token_hex(16))
     actors = [Model.remote(i, arguments.model, arguments.data) for i in range(num_cpus)]
     ray.get([actor.evaluate_next_batch.remote() for actor in actors])
-    record.run_trials(shared, arguments, partial(ray_rounds, actors, arguments.rounds))
+    setup_seconds = time.perf_counter() - record.STARTED
+
+    round_seconds = []
+    answers = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        results = ray.get([actor.evaluate_next_batch.remote() for actor in actors])
+        round_seconds.append(time.perf_counter() - start)
+        answers += [result.argmax(axis=1) for result in results]
+        print("round {}: {:.3f} s".format(len(round_seconds), round_seconds[-1]), flush=True)
+
+    record.record(arguments, "ray", num_cpus, setup_seconds, round_seconds, answers)
 
 
 if __name__ == "__main__":

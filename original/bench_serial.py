@@ -1,13 +1,12 @@
-"""Time rounds of batch prediction in one process, on the stack of 2019: the same batch once for each physical core.
+"""Time rounds of batch prediction in one process, on the stack of 2019: in each round a batch for every physical core.
 
 The article shows no code for this one. TensorFlow itself uses several threads.
 
-    python bench_serial.py
+    python bench_serial.py --rounds 50
 """
 
 import record  # First: the time of the set-up runs from here.
 
-from functools import partial
 import psutil
 import tensorflow as tf
 import time
@@ -15,21 +14,27 @@ import time
 num_cpus = psutil.cpu_count(logical=False) or psutil.cpu_count()
 
 
-def serial_rounds(model, x_test, rounds):
-    for _ in range(rounds):
-        start = time.perf_counter()
-        results = [model.predict(x_test) for _ in range(num_cpus)]
-        yield time.perf_counter() - start, results
-
-
 def main():
-    arguments = record.parser.parse_args()
-    shared = record.announce("serial", num_cpus, arguments)
+    arguments = record.parse_arguments()
     model = tf.keras.models.load_model(arguments.model)
     mnist = record.load_data(arguments.data)
     x_test = mnist[1][0] / 255.0
     model.predict(x_test)
-    record.run_trials(shared, arguments, partial(serial_rounds, model, x_test, arguments.rounds))
+    setup_seconds = time.perf_counter() - record.STARTED
+
+    round_seconds = []
+    answers = []
+    cpu_seconds = 0
+    for _ in range(arguments.rounds):
+        cpu_start = time.process_time()
+        start = time.perf_counter()
+        results = [model.predict(x_test) for _ in range(num_cpus)]
+        round_seconds.append(time.perf_counter() - start)
+        cpu_seconds += time.process_time() - cpu_start
+        answers += [result.argmax(axis=1) for result in results]
+        print("round {}: {:.3f} s".format(len(round_seconds), round_seconds[-1]), flush=True)
+
+    record.record(arguments, "serial", num_cpus, setup_seconds, round_seconds, answers, cpu_seconds)
 
 
 if __name__ == "__main__":

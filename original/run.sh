@@ -71,13 +71,10 @@ measure() {
         echo "This system gives no namespaces. While Ray 0.6.6 runs, four of its ports are open on all interfaces:"
         echo "two are Redis, which asks for a password, and two are the raylet, which does not."
     fi
-    number=0
     for bench in serial.py ray.py "multiprocessing.py --initializer" "multiprocessing.py --clear-session" \
         multiprocessing.py; do
-        number=$((number + 1))
-        echo "[$number of 5] bench_$bench"
-        run $alone $python original/bench_$bench --trials "$TRIALS" --rounds "$ROUNDS" \
-            --model "$ORIGINAL_MODEL" --data "$DATA" --output "$RESULTS"
+        run $alone $python original/bench_$bench --rounds "$ROUNDS" --model "$ORIGINAL_MODEL" --data "$DATA" \
+            --output "$RESULTS"
     done
     .venv/bin/python analyze.py --figure "$FIGURE" "$RESULTS"
 }

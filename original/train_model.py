@@ -12,7 +12,7 @@ import record
 import tensorflow as tf
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="/tmp/original-model.h5", help="default: %(default)s")
+parser.add_argument("--model", default=record.MODEL, help="default: %(default)s")
 parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
 arguments = parser.parse_args()
 
