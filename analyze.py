@@ -1,340 +1,243 @@
-"""Compare the trials in results files: seconds, Ray's speedup, where a round goes, and the article's claims.
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["matplotlib==3.11.2", "numpy==2.4.6", "pydantic==2.14.3", "scipy==1.17.1"]
+# ///
+"""Compare the runs in results files: seconds, Ray's speedup, what reloading costs, when Ray's set-up is repaid.
 
     python analyze.py [results.jsonl ...] [--figure results.png]
 
-Prints Markdown. Trials are compared only if machine, versions, core count, rounds, weights, data and mode are the same,
-and trials on a Ray cluster only with each other. Where labels differ, the comparison is refused.
-
+Prints Markdown: a table for each group of runs that may be compared. Where labels differ, the comparison is refused.
 Exit status: 0; 1 if a file cannot be used or a comparison was refused (the others are shown); 2 for wrong arguments.
 """
 
 import argparse
-import fileinput
+import json
 import os
-import re
 import sys
-import tempfile
-import warnings
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
-import pydantic
-from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt, create_model
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, create_model
 from scipy import stats
 
 os.environ["MPLBACKEND"] = "agg"  # The next import fails if the shell names a backend that is not installed.
 import matplotlib.figure
 
 matplotlib.rcdefaults()  # A user's matplotlibrc may ask for LaTeX.
-warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's and SciPy's, about too few values (NaN) and equal ones.
 
 # The order of tables and figures. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 APPROACHES = ["serial", "multiprocessing", "multiprocessing+clear_session", "multiprocessing+initializer", "ray"]
 COLOURS = dict(zip(APPROACHES, ["#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73"], strict=True))
-PUBLISHED = {"serial": "64 s, 13x", "multiprocessing": "126 s, 25x", "ray": "5 s"}  # on 48 physical cores
-MOST_GROWTH = 1.2
-DEFINITIONS = f"""# Expensive initialization: Ray, multiprocessing and serial Python
-- Seconds of a trial: mean ± sample standard deviation (ddof = 1). Median round: of all rounds of all trials, seconds.
-- Beyond compute: the median round minus that of multiprocessing+initializer; for multiprocessing, the reloading.
-- Ray's speedup: the approach's seconds / Ray's, geometric mean; ± is the standard deviation of the logarithms times it.
-- 95 % interval: Student's t on the same logarithms. Paired: k-th trial / k-th, where they took turns; else Welch's.
-- Rounds get slower: the last third of a run takes over {MOST_GROWTH} times as long as its first third (whole interval).
-  Then the speedup is the ratio of the means, with that of each trial in order, and a claim must hold in each trial.
-"""
-
-# Reading
-
-STRICT = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]  # The bounds keep all sums and ratios finite.
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-OPTIONAL = (str | None, None)  # Text or null, and null if it is missing: two scripts do without Ray.
-Host = create_model("Host", __config__=STRICT, cpu=str, physical_cores=PositiveInt | None, system=str)
-Versions = create_model("Versions", __config__=STRICT, python=str, tensorflow=str, keras=str, numpy=str, ray=OPTIONAL)
+SERIAL, POOL, _, INITIALIZER, RAY = APPROACHES
+PUBLISHED = {SERIAL: "64 s, 13x", POOL: "126 s, 25x", RAY: "5 s"}  # ten rounds on 48 physical cores
+MNIST = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021"
+STAND_IN = "f7c6aaddfd20069bf7362190abf50157f8142991e90907ebc99dc56842a4145d"
+LONG = 20  # rounds of a run, from which on its tens are compared
+DEFINITIONS = """± is the spread of single trials (sample standard deviation), the 95 % interval that of their mean.
+Ray's speedup: an approach's seconds divided by Ray's, geometric mean, Student's t and ± on the logarithms."""
 
 
-@pydantic.dataclasses.dataclass(config=STRICT, slots=True)
-class Trial:
-    """One line of a results file. Fields that are not named here are ignored."""
-
-    approach: Literal[tuple(APPROACHES)]
-    num_cpus: PositiveInt
-    nodes: PositiveInt
-    ray: Literal["private", "cluster"] | None
-    run: str
-    trial: NonNegativeInt
-    time: AwareDatetime
-    seconds: Seconds
-    round_seconds: Annotated[list[Seconds], Field(min_length=1)]
-    setup_seconds: Seconds
-    cpu_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
-    restarts: NonNegativeInt
-    mode: Literal["predict", "predict_on_batch"]
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    labels: Digest
-    model: Digest
-    data: Annotated[str, Field(pattern="^(mnist|stand-in|other-[0-9a-f]{8})$")]
-    host: Host
-    versions: Versions
-
-    def family(self):
-        """Return what trials must have in common, beside the core count, to be compared: the lines of the heading."""
-        data = "STAND-IN DATA, not MNIST: say so with every figure" if self.data == "stand-in" else self.data
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions if version)
-        return (
-            f"mode: {self.mode}, rounds: {len(self.round_seconds)}, nodes: {self.nodes}, Ray: {self.ray or 'private'}",
-            f"Machine: {self.host.cpu}, {self.host.physical_cores} physical cores, {self.host.system}",
-            f"Versions: {versions}",
-            f"Data: {data}; model: {self.model[:12]}",
-        )
+# The fields of a record, a line of a results file, that are read. Others are ignored.
+WHAT = {"approach": Literal[tuple(APPROACHES)], "mode": Literal["predict", "predict_array", "predict_on_batch"]}
+WHERE = {"machine": str, "versions": dict[str, str], "num_cpus": PositiveInt, "nodes": PositiveInt, "cluster": bool}
+HOW = {"start_method": Literal["fork", "forkserver", "spawn"] | None, "restarts": NonNegativeInt}
+HOW |= {"time": Annotated[float, Field(ge=0, le=1e11)], "setup_seconds": PositiveFloat}
+HOW |= {"round_seconds": Annotated[list[PositiveFloat], Field(min_length=1)], "cpu_seconds": NonNegativeFloat | None}
+DIGESTS = dict.fromkeys(["labels", "model", "data"], Annotated[str, Field(pattern="^[0-9a-f]{64}$")])
+Trial = create_model("Trial", __config__={"strict": True, "allow_inf_nan": False}, **WHAT, **WHERE, **HOW, **DIGESTS)
 
 
 def read(paths):
-    """Return the trials of results files, in order of time.
+    """Return the Trials in results files, in order of time. The same line twice counts once.
 
-    A line that begins like a record but is no JSON was cut off while it was written: it is skipped, and stderr says so.
-    The same record twice counts once. OSError: a file cannot be read. SystemExit: says which line is wrong, and how.
+    A line that is no JSON was cut off while it was written: it is skipped, and stderr says so.
+    SystemExit: says which file cannot be read, or which line and field is wrong, and why.
     """
-    adapter = pydantic.TypeAdapter(Trial)
     trials = {}
-    with fileinput.input(paths, mode="rb") as lines:
-        for line in filter(bytes.strip, lines):  # Blank lines are left out.
-            place = f"analyze.py: {lines.filename()}, line {lines.filelineno()}"
+    for path in paths:
+        try:
+            content = Path(path).read_bytes()
+            lines = content.decode(json.detect_encoding(content)).split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"analyze.py: cannot read {path}: {error}; name a text file that a bench script has written")
+        for number, line in enumerate(lines, 1):
+            record = line.strip("\ufeff \t\r")  # A byte order mark is no part of it.
             try:
-                trial = adapter.validate_json(line)
-            except pydantic.ValidationError as error:
+                if record:
+                    trials[record] = Trial.model_validate_json(record)
+            except ValidationError as error:
                 wrong = error.errors()[0]
-                if wrong["type"] == "json_invalid" and line.startswith(b"{"):
-                    print(f"{place}: skipped, no whole record (writing it was cut off)", file=sys.stderr)
-                    continue
-                field = ".".join(map(str, wrong["loc"]))
-                sys.exit(f"{place}: {field or 'record'}: {wrong['msg']}; correct or remove the line")
-            if trials.setdefault((trial.approach, trial.run, trial.trial), trial) != trial:
-                sys.exit(f"{place}: trial: an earlier line has other values for this trial; remove one of them")
+                reason = f"analyze.py: {path}, line {number}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+                if wrong["type"] != "json_invalid":
+                    sys.exit(f"{reason}; correct or remove the line")
+                print(f"{reason}; skipped: no whole record", file=sys.stderr)
     return sorted(trials.values(), key=lambda trial: trial.time)
 
 
-# Statistics
+def heading(trial):
+    """Return what trials must have in common to be compared, as lines of a heading."""
+    place = f"Ray cluster of {trial.nodes} nodes" if trial.cluster else "one machine"
+    title = f"{trial.mode}, cores: {trial.num_cpus}, rounds: {len(trial.round_seconds)}, {place}"
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(trial.versions.items()) if name != "ray")
+    data = {MNIST: "MNIST", STAND_IN: "STAND-IN, not MNIST"}.get(trial.data, f"other data, {trial.data[:12]}")
+    return title, f"machine: {trial.machine}; {versions}", f"data: {data}; model: {trial.model[:12]}"
 
 
-class Estimate(NamedTuple):
-    """A ratio and its interval, as the tables show them, and the numbers (low, high) that decide on a claim.
+def groups(trials):
+    """Return {lines of a heading: trials that may be compared}.
 
-    NaN: there are none, and interval says what it needs.
+    Pools of different start methods and Rays of different versions are in different groups; the trials that have
+    no start method or no Ray are in each of these.
     """
-
-    value: str
-    interval: str
-    limits: tuple[float, float]
+    found = {}
+    for lines in dict.fromkeys(map(heading, trials)):
+        alike = [(t.start_method, t.versions.get("ray"), t) for t in trials if heading(t) == lines]
+        for method in sorted({method for method, _, _ in alike} - {None}) or [None]:
+            for ray in sorted({ray for _, ray, _ in alike} - {None}) or [None]:
+                group = [trial for one, another, trial in alike if one in (None, method) and another in (None, ray)]
+                found[*lines, f"start method of pools: {method}; Ray: {ray}"] = group
+    return found
 
 
 class Sample:
-    """The trials of one approach that are compared, in order of time; maybe none."""
+    """The trials of one approach in a group, in order of time, and the numbers of those without restarts."""
 
     def __init__(self, trials):
+        clean = [trial for trial in trials if not trial.restarts]
         self.trials = trials
-        self.seconds = np.array([trial.seconds for trial in trials])
-        self.rounds = np.array([seconds for trial in trials for seconds in trial.round_seconds])
-        self.cores_busy = geometric_mean([t.cpu_seconds / t.seconds for t in trials if t.cpu_seconds])
-        self.growth = growth(trials)
-        self.gets_slower = self.growth.limits[0] > MOST_GROWTH
-
-
-def estimate(mean, deviation, test, method):
-    """Return the Estimate by mean and standard deviation of logarithms, and SciPy's test of the same logarithms."""
-    low, high = np.exp(test.confidence_interval())
-    interval = f"{show(low)} to {show(high)} {method}".strip() if low > 0 else "needs 2 trials of each"
-    return Estimate(show(np.exp(mean), np.exp(mean) * deviation), interval, (low, high))
-
-
-def geometric_mean(ratios, method=""):
-    """Return the Estimate of numbers above 0."""
-    logs = np.log(ratios)
-    return estimate(np.mean(logs), np.std(logs, ddof=1), stats.ttest_1samp(logs, 0), method)
-
-
-def growth(trials):
-    """Return the Estimate of how many times as long the last third of a run takes as its first: k-th round / k-th.
-
-    A run is a process: the rounds of all its trials, in order.
-    """
-    runs = {}
-    for trial in trials:
-        runs.setdefault(trial.run, []).extend(trial.round_seconds)
-    ratios = []
-    for rounds in runs.values():
-        third = len(rounds) // 3
-        ratios += [late / early for early, late in zip(rounds[:third], rounds[len(rounds) - third :], strict=True)]
-    return geometric_mean(ratios)
-
-
-def took_turns(sample, other):
-    """Return whether there are as many trials of each, and the k-th of both came before the next one of either."""
-    order = sorted(sample.trials + other.trials, key=lambda trial: trial.time)
-    pairs = zip(order[::2], order[1::2], strict=False)
-    return len(order) % 2 == 0 and all(one.approach != another.approach for one, another in pairs)
+        self.rounds = np.array([trial.round_seconds for trial in clean])  # seconds, (trials, rounds)
+        self.seconds = self.rounds.sum(axis=1)
+        self.mean = self.seconds.mean()
+        self.spread = np.std(self.seconds, ddof=1) if len(clean) > 1 else np.nan
+        self.setup = np.mean([trial.setup_seconds for trial in clean])
 
 
 def compare(sample, other):
-    """Return the Estimate of how many times as long a trial of sample takes as one of other.
+    """Return how many times as long trials of one Sample take as those of another, and the 95 % interval.
 
-    Where the rounds of one get slower no interval is honest: limits are those of the trials' ratios, k-th over k-th.
+    That is a text ("1.91 ± 0.05"), another one ("1.85 to 1.97, 5 pairs", or why there is none), and (low, high).
+    Where they took turns the k-th of both are a pair. A restarted trial is left out with its partner.
     """
-    ratios = [one / another for one, another in zip(sample.seconds, other.seconds, strict=False)]
-    if len(ratios) > 1 and (sample.gets_slower or other.gets_slower):
-        value = f"{show(np.mean(sample.seconds) / np.mean(other.seconds))} ({', '.join(map(show, ratios))})"
-        return Estimate(value, "none: rounds get slower", (min(ratios), max(ratios)))
-    if took_turns(sample, other):
-        return geometric_mean(ratios, "paired")
-    logs = np.log(sample.seconds)
-    other_logs = np.log(other.seconds)
-    deviation = np.hypot(np.std(logs, ddof=1), np.std(other_logs, ddof=1))
-    test = stats.ttest_ind(logs, other_logs, equal_var=False)
-    return estimate(np.mean(logs) - np.mean(other_logs), deviation, test, "Welch")
+    if sample.rounds.shape[1] >= LONG or min(len(sample.seconds), len(other.seconds)) < 2:
+        return show(sample.mean / other.mean), f"needs 2 trials of each, under {LONG} rounds", (np.nan, np.nan)
+    order = [trial.approach for trial in sorted(sample.trials + other.trials, key=lambda trial: trial.time)]
+    took_turns = all(one != another for one, another in zip(order[::2], order[1::2], strict=False))
+    # The last pass may have been cut short.
+    pairs = [pair for pair in zip(sample.trials, other.trials, strict=False) if not any(t.restarts for t in pair)]
+    if took_turns and len(pairs) > 1:
+        logs, others = np.log([[sum(trial.round_seconds) for trial in pair] for pair in pairs]).T
+        spread = np.std(logs - others, ddof=1)
+        test = stats.ttest_rel(logs, others)
+        method = f"{len(pairs)} pairs"
+    else:
+        logs, others = np.log(sample.seconds), np.log(other.seconds)
+        spread = np.hypot(np.std(logs, ddof=1), np.std(others, ddof=1))
+        test = stats.ttest_ind(logs, others, equal_var=False)
+        method = "Welch"
+    ratio = np.exp(np.mean(logs) - np.mean(others))
+    low, high = np.exp(test.confidence_interval())
+    return show(ratio, ratio * spread), f"{show(low)} to {show(high)}, {method}", (low, high)
 
 
-# Markdown
-
-
-def show(value, deviation=np.nan):
-    """Return a number with three significant digits (or all before the point) and its deviation; nothing for NaN."""
-    if np.isnan(value):
-        return ""
-    if not np.isnan(deviation):
-        return f"{show(value)} ± {show(deviation)}"
-    if abs(value) >= 99.95:
-        return f"{value:.0f}"
-    return f"{value:#.3g}"
-
-
-def plain(text):
-    """Return text from a record on one line, with a backslash before what is a sign of Markdown."""
-    return re.sub(r"([\\`*<\[|$])", r"\\\1", " ".join(text.split()))
+def show(value, spread=np.nan):
+    """Return a number with three significant digits, or all before the point, and its spread if there is one."""
+    text = f"{value:#.3g}" if abs(value) < 99.95 else f"{value:.0f}"
+    return f"{text} ± {show(spread)}" if spread > 0 else text
 
 
 def table(titles, rows):
     """Return a Markdown table whose columns line up as plain text, too."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     line = " | ".join(f"{{:{width}}}" for width in widths)
-    dashes = ["-" * width for width in widths]
-    return "".join(f"| {line.format(*row)} |\n" for row in [titles, dashes, *rows])
+    return "".join(f"| {line.format(*row)} |\n" for row in [titles, ["-" * width for width in widths], *rows])
 
 
-def comparison_table(here, published):
-    """Return the table of {approach: Sample}: seconds, rounds, Ray's speedup, the article's figures, set-up."""
-    compute = np.median(here["multiprocessing+initializer"].rounds)
+def comparison_table(here):
+    """Return the table of {approach: Sample}: seconds, Ray's speedup, set-up, both together, the article's figures."""
     rows = []
     for name, sample in here.items():
-        if sample.trials:
-            row = [name, str(len(sample.trials)), show(np.mean(sample.seconds), np.std(sample.seconds, ddof=1))]
-            beyond = np.median(sample.rounds) - compute if name != "serial" else np.nan  # Serial computes otherwise.
-            speedup = compare(sample, here["ray"])[:2] if name != "ray" else ["", ""]
-            row += [show(np.median(sample.rounds)), show(beyond), *speedup, published.get(name, "")]
-            row += [sample.cores_busy.value, show(np.mean([trial.setup_seconds for trial in sample.trials]))]
-            rows.append(row)
-    titles = ["approach", "trials", "seconds", "median round", "beyond compute", "Ray's speedup", "95 % interval"]
-    return table([*titles, "published, 48 cores", "cores busy", "set-up, s"], rows)
+        rounds = f"{sample.rounds.shape[1]} rounds"
+        published = PUBLISHED if rounds == "10 rounds" and sample.trials[0].mode != "predict_on_batch" else {}
+        speedup = compare(sample, here[RAY])[:2] if RAY in here and name != RAY else ["", ""]
+        row = [name, str(len(sample.seconds)), show(sample.mean, sample.spread), *speedup, show(sample.setup)]
+        rows.append([*row, show(sample.setup + sample.mean), published.get(name, "")])
+    speedup = "Ray's speedup" if RAY in here else "Ray's trials are missing: run bench_ray.py"
+    titles = ["approach", "trials", f"seconds of {rounds}", speedup, "95 % interval", "set-up, s"]
+    return table([*titles, f"{rounds} with set-up, s", "published, 48 cores"], rows)
 
 
-def claims_table(here):
-    """Return the table of verdicts on the article's claims, by {approach: Sample}."""
-    serial, pool, ray = (here[name] for name in ("serial", "multiprocessing", "ray"))
-    rows = []
-    for claim, figure, sign, threshold, (value, interval, (low, high)) in (
-        ("Ray beats multiprocessing", "multiprocessing / Ray", ">", 1, compare(pool, ray)),
-        ("Ray beats serial", "serial / Ray", ">", 1, compare(serial, ray)),
-        ("multiprocessing does not beat serial", "multiprocessing / serial", ">", 1, compare(pool, serial)),
-        # A tenth more than one, because the CPU time of the checks between rounds counts as well.
-        ("serial keeps more than one core busy", "cores busy", ">", 1.1, serial.cores_busy),
-        ("rounds of multiprocessing do not get slower", "last third / first third", "<", MOST_GROWTH, pool.growth),
-    ):
-        if not (low > threshold or high < threshold):  # Or there are no limits (NaN).
-            verdict = "cannot tell: needs more trials or a quieter machine"
-        elif (low > threshold) == (sign == ">"):
-            verdict = "holds"
-        else:
-            verdict = "does not hold here"
-        rows.append([claim, f"{figure} {sign} {threshold}", value, interval, verdict])
-    return table(["claim", "holds if", "here", "95 % interval", "verdict"], rows)
-
-
-def doubts(name, sample):
-    """Yield warnings about an approach's trials: each with the number, the threshold and the remedy."""
-    deviation = np.std(sample.seconds, ddof=1) / np.mean(sample.seconds)
-    if 0 < len(sample.trials) < 5:
-        yield f"{name}: {len(sample.trials)} trials, fewer than 5: run more"
-    if sample.gets_slower:
-        factor = f"last third / first third {sample.growth.value} ({sample.growth.interval}), over {MOST_GROWTH}"
-        yield f"{name}: rounds get slower: {factor}: give each trial a process of its own (--trials 1)"
-    elif deviation > 0.1:
-        yield f"{name}: standard deviation {deviation:.1%} of the mean, over 10 %: stop other work, run again"
+def remarks(here):
+    """Yield what {approach: Sample} says in words, and warnings with number, threshold and remedy."""
+    for name, sample in here.items():
+        if len(sample.seconds) < 5:
+            yield f"**warning:** {name}: trials: {len(sample.seconds)}, fewer than 5: run more"
+        relative = sample.spread / sample.mean
+        if relative > 0.1:
+            yield f"**warning:** {name}: ± is {relative:.1%} of the mean, over 10 %: stop other work, measure again"
+        if sample.rounds.shape[1] >= LONG:
+            tens = np.add.reduceat(sample.rounds.mean(axis=0), range(0, sample.rounds.shape[1] - 9, 10))
+            growth = tens[-1] / tens[0]
+            yield f"{name}: seconds of each ten rounds: {', '.join(map(show, tens))}; last / first: {show(growth)}"
+            if growth > 1.2:
+                yield f"**warning:** {name}: {show(growth)} is over 1.2: call clear_session() before each load"
+    if SERIAL in here:
+        busy = np.mean([trial.cpu_seconds or np.nan for trial in here[SERIAL].trials]) / here[SERIAL].mean
+        yield f"serial takes {show(busy)} CPU seconds per second: so many cores are busy, which is not parallel work"
+    if POOL in here and INITIALIZER in here:
+        value, interval, _ = compare(here[POOL], here[INITIALIZER])
+        t = np.median(here[INITIALIZER].rounds)
+        r = np.median(here[POOL].rounds) - t
+        yield f"{POOL} takes {value} times as long as {INITIALIZER} (95 % interval: {interval})"
+        yield f"reloading costs a call r = {show(r)} s: 1 + r/t times as long if it computes t s; here t = {show(t)}"
+    for name in [name for name in (POOL, INITIALIZER) if name in here and RAY in here]:
+        longer = here[RAY].setup - here[name].setup
+        shorter = (here[name].mean - here[RAY].mean) / here[RAY].rounds.shape[1]
+        repaid = "at once" if longer <= 0 else "never, as measured"
+        if longer > 0 and shorter > 0:
+            repaid = f"after {np.ceil(longer / shorter):.0f} rounds"
+        yield f"Ray against {name}: set-up {show(longer)} s longer, a round {show(shorter)} s less: repaid {repaid}"
 
 
 def report(trials):
-    """Print Markdown; return what was refused, and {family: trials} of what was compared."""
-    print(DEFINITIONS)
-    groups = {}
-    for trial in trials:
-        groups.setdefault((trial.num_cpus, trial.family()), []).append(trial)
+    """Return Markdown, what was refused (texts), and {heading: {approach: Sample}} of what was compared."""
+    texts = [DEFINITIONS]
     refused = []
     compared = {}
-    for (num_cpus, family), group in groups.items():
-        title, *lines = map(plain, family)
-        print(f"## Cores: {num_cpus}, {title}\n")
-        lines.append(f"Trials: {len(group)}, {group[0].time:%Y-%m-%d %H:%M} to {group[-1].time:%Y-%m-%d %H:%M}")
-        lines += [f"Left out: {t.approach}, {show(t.seconds)} s, restarts: {t.restarts}" for t in group if t.restarts]
-        clean = [trial for trial in group if not trial.restarts]
-        here = {name: Sample([trial for trial in clean if trial.approach == name]) for name in APPROACHES}
-        lines += [f"**Warning:** {doubt}" for name, sample in here.items() for doubt in doubts(name, sample)]
+    for lines, group in groups(trials).items():
+        clean = {trial.approach for trial in group if not trial.restarts}
+        here = {name: Sample([t for t in group if t.approach == name]) for name in APPROACHES if name in clean}
+        notes = [f"{len(group)} trials from {np.datetime64(int(group[0].time), 's')} UTC"]
+        notes += [f"left out: {t.approach}, restarts: {t.restarts}, {t.round_seconds} s" for t in group if t.restarts]
         labels = {trial.labels: f"{trial.approach} {trial.labels[:12]}" for trial in group}
+        texts.append(f"\n## {lines[0]}\n")
         if len(labels) > 1:
-            refused.append(f"cores: {num_cpus}, {title}: not compared, as labels differ: {', '.join(labels.values())}")
-            lines.append(f"**Refused:** {refused[-1]}")
-        print("".join(f"- {line}\n" for line in lines))
-        if clean and len(labels) == 1:
-            published = PUBLISHED if (group[0].mode, len(group[0].round_seconds)) == ("predict", 10) else {}
-            print(comparison_table(here, published), claims_table(here), sep="\n")
-            compared.setdefault(family, []).extend(clean)
-    return refused, compared
+            notes.append(f"**refused:** labels differ: {', '.join(labels.values())}: remove the wrong trials")
+            refused.append(f"analyze.py: {lines[0]}: {notes[-1]}")
+        elif here:
+            compared[lines] = here
+            notes += remarks(here)
+            texts.append(comparison_table(here))
+        texts += [f"- {' '.join(line.split())}" for line in [*lines[1:], *notes]]
+    return "\n".join(texts), refused, compared
 
 
-# Figure
-
-
-def draw(trials):
-    """Return a matplotlib Figure of trials of one family: the seconds of each, and every round in order."""
-    figure = matplotlib.figure.Figure(figsize=(10, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    cores = sorted({trial.num_cpus for trial in trials})
-    names = [name for name in APPROACHES if any(trial.approach == name for trial in trials)]
-    means = []
-    for place, num_cpus in enumerate(cores):
-        for index, name in enumerate(names):
-            sample = Sample([trial for trial in trials if trial.approach == name and trial.num_cpus == num_cpus])
-            if sample.trials:
-                means.append(np.mean(sample.seconds))
-                x = place + 0.17 * (index - (len(names) - 1) / 2)
-                left.bar(x, means[-1], 0.15, color=COLOURS[name])
-                left.plot(np.linspace(x - 0.05, x + 0.05, len(sample.seconds)), sample.seconds, "k.", markersize=4)
-                if num_cpus == cores[-1]:
-                    right.plot(range(1, len(sample.rounds) + 1), sample.rounds, ".", color=COLOURS[name], label=name)
-    scale = "log" if max(means) >= 10 * min(means) else "linear"
-    left.set(title="trials (dots) and their mean (bars)", xlabel="cores", ylabel="seconds of a trial", yscale=scale)
-    left.set_xticks(range(len(cores)), cores)
-    right.set(title=f"every round, in order, on {cores[-1]} cores", ylabel="seconds of a round", yscale=scale)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.supxlabel("\n".join(trials[0].family()), fontsize="small", parse_math=False)
+def draw(compared):
+    """Return a matplotlib Figure of {heading: {approach: Sample}}: a row for each, every trial and every round."""
+    figure = matplotlib.figure.Figure(figsize=(11, 3 * len(compared)), layout="constrained")
+    rows = figure.subplots(len(compared), 2, squeeze=False)
+    for (lines, here), (left, right) in zip(compared.items(), rows, strict=True):
+        left.set_title("\n".join(lines), loc="left", fontsize="small", parse_math=False)
+        for name, sample in reversed(here.items()):
+            left.plot(sample.seconds, [name] * len(sample.seconds), ".", color=COLOURS[name])
+            left.plot(sample.mean, name, "k|", markersize=15)
+            right.plot(range(1, sample.rounds.size + 1), sample.rounds.ravel(), ".", color=COLOURS[name], markersize=4)
+        means = [sample.mean for sample in here.values()]
+        scale = "log" if max(means) >= 10 * min(means) else "linear"
+        left.set(xlabel="seconds of each trial, and the mean (line)", xscale=scale, ymargin=0.2)
+        left.tick_params(axis="x", which="minor", labelrotation=90)
+        right.set(xlabel="every round in order, run after run", ylabel="seconds of a round", yscale=scale)
     return figure
-
-
-def save(figure, path):
-    """Write the figure; the file is whole, or stays as it was."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            figure.savefig(Path(folder, path.name), dpi=150)
-            Path(folder, path.name).replace(path)
-    except (OSError, ValueError) as error:  # ValueError: no such format.
-        sys.exit(f"analyze.py: cannot write {path}: {error}; name another file with --figure")
 
 
 def main():
@@ -342,21 +245,16 @@ def main():
     parser.add_argument("results", nargs="*", default=["results.jsonl"], metavar="results.jsonl")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the trials: a .png, .svg or .pdf")
     arguments = parser.parse_args()
+    text, refused, compared = report(read(arguments.results))
     try:
-        refused, compared = report(read(arguments.results))
-        sys.stdout.flush()
+        with open(1, "w", encoding=getattr(sys.stdout, "encoding", None), errors="replace", closefd=False) as stdout:
+            print(text, file=stdout)
         if arguments.figure and compared:
-            save(draw(max(compared.values(), key=len)), arguments.figure)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # At its end Python would try again to write to stdout.
-        sys.exit(f"analyze.py: {error.filename or 'stdout'}: {error.strerror}")
-    if refused:
-        sys.exit("\n".join(refused) + "\nanalyze.py: remove the trials with wrong labels from the results")
-    if not compared:
-        sys.exit(f"analyze.py: no trial to show in {', '.join(arguments.results)}: run a bench script first")
+            draw(compared).savefig(arguments.figure, dpi=150)
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: no such format. RuntimeError: no LaTeX, for pgf.
+        sys.exit(f"analyze.py: cannot write to stdout or the figure: {error}")
+    if refused or not compared:
+        sys.exit("\n".join(refused) or "analyze.py: no trial to show: run a bench script first")
 
 
 if __name__ == "__main__":
