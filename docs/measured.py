@@ -1,157 +1,277 @@
 """Write all that was measured into README.md and docs/*.md, between `<!-- measured: NAME -->` and `<!-- end -->`.
 
-python docs/measured.py            # from results/; after new measurements
+python docs/measured.py            # from results/; after new measurements; draws results/then-and-now.png, too
 python docs/measured.py --check    # exit status 1 if a page is out of date
 """
 
-import contextlib
-import io
-import re
+import json
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import analyze
+from analyze import INITIALIZER, POOL, RAY, SERIAL, show, table
 
-POOL = "multiprocessing"
-TITLES = ["approach", "trials", "seconds of ten rounds", "Ray's speedup", "95 % interval", "set-up, s", "published"]
-SLOWER = "rounds 8 to 10 / 2 to 4"
-
-
-def samples(name, mode="predict"):
-    """Return the trials on the most cores, {approach: analyze.Sample}, of results/NAME in one mode."""
-    trials = [trial for trial in analyze.read([ROOT / "results" / name]) if (trial.mode, trial.restarts) == (mode, 0)]
-    cores = max(trial.num_cpus for trial in trials)
-    trials = [trial for trial in trials if trial.num_cpus == cores]
-    assert len({trial.family() for trial in trials}) == 1, f"results/{name} mixes what cannot be compared"
-    return {kind: analyze.Sample([trial for trial in trials if trial.approach == kind]) for kind in analyze.APPROACHES}
+CLEARED = "multiprocessing+clear_session"
+MODES = ["predict", "predict_array", "predict_on_batch"]
 
 
-def full(name):
-    """Return what analyze.py prints about results/NAME, less its definitions; headings are a level down."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        refused, _ = analyze.report(analyze.read([ROOT / "results" / name]))
+# What results/ holds
+
+
+def samples(name, mode, num_cpus=None):
+    """Return {approach: analyze.Sample} of results/NAME in one mode, on num_cpus or the most cores."""
+    trials = [trial for trial in analyze.read([RESULTS / name]) if trial.mode == mode]
+    num_cpus = num_cpus or max(trial.num_cpus for trial in trials)
+    _, refused, compared = analyze.report([trial for trial in trials if trial.num_cpus == num_cpus])
     assert not refused, refused
-    tables = text.getvalue().removeprefix(analyze.DEFINITIONS)
-    return re.sub("^#", "##", tables, flags=re.MULTILINE).strip() + "\n"
+    [here] = compared.values()  # One group, or the file mixes what cannot be compared.
+    return here
 
 
 def where(here):
-    """Return a sentence on the machine, the day, the versions and the data of some samples."""
-    first = min((sample.trials[0] for sample in here.values() if sample.trials), key=lambda trial: trial.time)
-    data = {"mnist": "MNIST"}.get(first.data, first.data.upper())
-    versions = f"Python {first.versions.python}, TensorFlow {first.versions.tensorflow}, Ray {first.versions.ray}"
-    return f"{first.num_cpus} cores ({first.host.cpu}), {versions}, {data}, {first.time:%d %B %Y}"
+    """Return a sentence on the machine, the versions, the data and the day of some samples."""
+    trial = here[RAY].trials[0]
+    data = "MNIST" if trial.data == analyze.MNIST else "NOT MNIST"
+    names = {"python": "Python", "tensorflow": "TensorFlow", "keras": "Keras", "numpy": "NumPy", "ray": "Ray"}
+    versions = ", ".join(f"{names[name]} {trial.versions[name]}" for name in names)
+    return f"{trial.machine}; {versions}; {data}; {time.strftime('%d %B %Y', time.gmtime(trial.time)).lstrip('0')}"
 
 
-def brief(here, published):
-    """Return the README's table of samples."""
+def times(sample, other):
+    """Return how many times as long, and the 95 % interval, as text without method and spread."""
+    value, interval, _ = analyze.compare(sample, other)
+    return value.partition(" ±")[0], interval.partition(",")[0]
+
+
+def tens(sample):
+    """Return the seconds of each ten rounds, in order, of a sample's one run."""
+    [rounds] = sample.rounds
+    return rounds.reshape(-1, 10).sum(axis=1)
+
+
+# Blocks
+
+
+def protocol(modes=("predict_array",)):
+    """Return the table of both stacks by the original's protocol: one process, fifty rounds."""
     rows = []
-    for name, sample in here.items():
-        if sample.trials:
-            speedup = analyze.compare(sample, here["ray"])[:2] if name != "ray" else ["", ""]
-            seconds = analyze.show(np.mean(sample.seconds), np.std(sample.seconds, ddof=1))
-            setup = analyze.show(np.mean([trial.setup_seconds for trial in sample.trials]))
-            rows.append([name, str(len(sample.trials)), seconds, *speedup, setup, published.get(name, "")])
-    return analyze.table(TITLES, rows)
+    stacks = [("2019", samples("original.jsonl", "predict_array"))]
+    stacks += [(f"today, `{mode}`", samples("fifty.jsonl", mode)) for mode in modes]
+    for stack, here in stacks:
+        of_ray = tens(here[RAY])
+        for name, sample in here.items():
+            seconds = tens(sample)
+            ratios = [show(ratio) for ratio in (seconds[0] / of_ray[0], seconds[-1] / of_ray[-1])]
+            ratios.append(show(seconds.sum() / of_ray.sum()))
+            rows.append([stack, name, *map(show, seconds), show(seconds[-1] / seconds[0]), *ratios])
+    titles = ["stack", "approach", "rounds 1-10, s", "11-20", "21-30", "31-40", "41-50", "last / first"]
+    return table([*titles, "first ten / Ray's", "last ten / Ray's", "all / Ray's"], rows)
 
 
-def today():
-    parts = []
-    for mode in ("predict", "predict_on_batch"):
-        here = samples("results.jsonl", mode)
-        published = analyze.PUBLISHED if mode == "predict" else {}
-        busy, _, _ = here["serial"].cores_busy.value.partition(" ±")
-        title = f"**Today**, `{mode}`: {where(here)}. Serial keeps {busy} cores busy."
-        parts.append(f"{title}\n\n{brief(here, published)}")
-    return "\n".join(parts)
+def growth_runs():
+    """Return {(TensorFlow's version, clear_session): [run, ...]} of results/growth.jsonl; a run is a list of calls."""
+    runs = {}
+    for line in (RESULTS / "growth.jsonl").read_text().splitlines():
+        call = json.loads(line)
+        runs.setdefault((call["tensorflow"], call["clear_session"]), {}).setdefault(call["run"], []).append(call)
+    return {key: list(by_run.values()) for key, by_run in runs.items()}
 
 
-def original():
-    here = samples("original.jsonl")
-    return f"**The article's stack**: {where(here)}.\n\n{brief(here, analyze.PUBLISHED)}"
-
-
-def findings():
-    then, now, batch = samples("original.jsonl"), samples("results.jsonl"), samples("results.jsonl", "predict_on_batch")
-
-    def times(here, name):
-        value, interval, _ = analyze.compare(here[name], here["ray"])
-        return value.partition(" ±")[0], interval.partition(" paired")[0].partition(" Welch")[0]
-
-    growing, _ = times(then, POOL)
-    factor, _, trials = growing.rstrip(")").partition(" (")
-    cleared, cleared_interval = times(then, f"{POOL}+clear_session")
-    pool, pool_interval = times(now, POOL)
-    naive, naive_interval = times(batch, POOL)
-    once, once_interval = times(now, f"{POOL}+initializer")
-    in_batch, batch_interval = times(batch, f"{POOL}+initializer")
-    for here in (now, batch):
-        _, high = analyze.compare(here[f"{POOL}+initializer"], here["ray"]).limits
-        assert high < 1.05, "the last finding is no longer true: write another"
-    serial, in_one = times(now, "serial")[0], times(batch, "serial")[0]
-
-    def whole(name):
-        """Return the mean seconds of a trial with its set-up, in both modes."""
-        means = [np.mean([trial.seconds + trial.setup_seconds for trial in here[name].trials]) for here in (now, batch)]
-        return " or ".join(f"{mean:.1f}" for mean in means)
-
-    return f"""\
-- **On the stack of 2019, even with two cores, the article's pool takes {factor} times as long as Ray** (ratio of the
-  means; published: 25). But it slows down with every call. Trial by trial: {trials} times.
-- **The growth is a leak, and one line stops it.** In TensorFlow 1 every `load_model` adds {added()} operations to a
-  graph that nothing clears. After `clear_session()` the pool takes {cleared} times as long ({cleared_interval}).
-- **Today the pool takes {pool} times as long as Ray** ({pool_interval}) with `predict`, the article's way to call the
-  model, and {naive} times ({naive_interval}) with `predict_on_batch`. Serial takes {serial} and {in_one} times as long.
-  This excludes set-up. With it, a trial takes the pool {whole(POOL)} s, and Ray {whole("ray")} s.
-- **A pool that loads once, by an initializer, is as fast as Ray or faster**: {once} times ({once_interval}) with
-  `predict`, {in_batch} times ({batch_interval}) with `predict_on_batch`. The ranges are 95 % intervals.
-"""
-
-
-def rounds_by_version():
-    """Return {TensorFlow's version: [(seconds, operations), ...] of its rounds}, from results/growth.txt."""
-    versions = {}
-    text = (ROOT / "results" / "growth.txt").read_text()
-    for version, seconds, operations in re.findall(r"TensorFlow (\S+), (\S+) s, operations: \[(\d+)", text):
-        versions.setdefault(version, []).append((float(seconds), int(operations)))
-    return versions
-
-
-def added():
-    """Return how many operations a call adds to the graph of the article's stack."""
-    [rounds, *_] = rounds_by_version().values()
-    return rounds[1][1] - rounds[0][1]
+def median(runs, field, calls):
+    """Return the median of a field over some calls (numbers from 1) of several runs, without profiled calls."""
+    values = [run[call - 1][field] for run in runs for call in calls if "profile" not in run[call - 1]]
+    return np.median(values)
 
 
 def growth():
-    """Return the table of what original/growth.py has printed into results/growth.txt, version after version."""
+    """Return the table of what fifty stateless calls of one process leave behind, version by version."""
     rows = []
-    for version, rounds in rounds_by_version().items():
-        seconds, operations = zip(*rounds, strict=True)
-        counts = ", ".join(str(operations[call - 1]) for call in (1, 2, 10))
-        growth = analyze.show(np.mean(seconds[7:10]) / np.mean(seconds[1:4]))
-        rows.append([version, counts, f"{seconds[1]:.2f}", f"{seconds[9]:.2f}", growth])
-    titles = ["TensorFlow", "operations after 1, 2, 10 calls", "round 2, s", "round 10, s", SLOWER]
-    no_ops = (ROOT / "results" / "no-ops.txt").read_text()
-    return f"{analyze.table(titles, rows)}\n{no_ops}"
+    for (version, cleared), runs in growth_runs().items():
+        runs = [run for run in runs if not any("profile" in call for call in run)]
+        operations = [runs[0][call - 1]["operations"] for call in (1, 2, 50)]
+        counts = "none to count" if None in operations else ", ".join(map(str, operations))
+        early, late = median(runs, "seconds", range(2, 12)), median(runs, "seconds", range(41, 51))
+        megabytes = [f"{median(runs, 'resident_bytes', [call]) / 1e6:.0f}" for call in (2, 10, 50)]
+        objects = [f"{median(runs, 'objects', [call]):,.0f}" for call in (2, 10, 50)]
+        row = [
+            f"{version}{', clear_session()' if cleared else ''}",
+            str(len(runs)),
+            counts,
+            show(early),
+            show(late),
+            show(late / early),
+        ]
+        rows.append([*row, ", ".join(megabytes), "; ".join(objects)])
+    titles = ["TensorFlow", "runs", "operations after 1, 2, 50 calls", "calls 2-11, s", "41-50, s", "ratio"]
+    return table([*titles, "MB after 2, 10, 50", "Python objects after 2, 10, 50"], rows)
+
+
+def profile():
+    """Return the table of the profiled calls: where load_model and predict spend their seconds."""
+    [run] = [run for runs in growth_runs().values() for run in runs if any("profile" in call for call in run)]
+    rows = []
+    for call in run:
+        if "profile" in call:
+            row = [str(call["call"]), show(call["seconds"])]
+            for part, total in (("load_model", call["load_seconds"]), ("predict", call["predict_seconds"])):
+                spent = call["profile"][part]
+                names = ["ExtendSession", "TF_SessionRun_wrapper"]
+                if part == "predict":
+                    names += ["TF_SessionMakeCallable", "TF_SessionRunCallable"]
+                seconds = [spent.get(name, [0, 0])[1] for name in names]
+                row += [show(total), *map(show, seconds), show(total - sum(seconds))]
+            rows.append([*row, show(call["seconds"] - call["load_seconds"] - call["predict_seconds"])])
+    titles = ["call", "seconds", "load_model", "ExtendSession", "Session.run", "other", "predict", "ExtendSession"]
+    return table([*titles, "Session.run", "make callable", "313 steps", "other", "data, s"], rows)
+
+
+def run_output():
+    """Return what a short run has printed."""
+    return f"```\n{(RESULTS / 'run.txt').read_text()}```\n"
 
 
 def overhead():
-    """Return what `make benchmark` has printed into results/overhead.txt."""
-    text = (ROOT / "results" / "overhead.txt").read_text()
-    return f"{where(samples('results.jsonl'))}.\n\n```\n{text}```\n"
+    """Return what `make benchmark` has printed."""
+    return f"```\n{(RESULTS / 'overhead.txt').read_text()}```\n"
+
+
+def full():
+    """Return what analyze.py prints about results/results.jsonl, less its definitions; headings are a level down."""
+    text, refused, _ = analyze.report(analyze.read([RESULTS / "results.jsonl"]))
+    assert not refused, refused
+    return text.removeprefix(analyze.DEFINITIONS).replace("\n## ", "\n### ").strip() + "\n"
+
+
+def today():
+    """Return the README's table: ten rounds on today's stack, in two modes."""
+    columns = []
+    for mode in ("predict", "predict_on_batch"):
+        here = samples("results.jsonl", mode)
+        cells = [[show(sample.mean, sample.spread), *times(sample, here[RAY])] for sample in here.values()]
+        cells = [[seconds, f"{ratio} ({interval})"] for seconds, ratio, interval in cells]
+        cells[list(here).index(RAY)][1] = ""
+        columns.append(cells)
+    rows = []
+    for (name, sample), one, other in zip(here.items(), *columns, strict=True):
+        rows.append([name, *one, *other, show(sample.setup), analyze.PUBLISHED.get(name, "")])
+    titles = ["approach", "`predict`: seconds", "Ray's speedup", "`predict_on_batch`: seconds", "Ray's speedup"]
+    return f"{table([*titles, 'set-up, s', 'published'], rows)}\n{where(here)}; {len(sample.seconds)} trials of each.\n"
+
+
+def both_stacks():
+    """Return the table of the original's protocol with the places and days of its measurements."""
+    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
+    return f"{protocol()}\n2019: {where(then)}. Today: {where(now)}.\n"
+
+
+def findings():
+    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
+    pool, cleared, ray = (tens(then[name]) for name in (POOL, CLEARED, RAY))
+    today_pool = tens(now[POOL]) / tens(now[RAY])
+    one, array, batch = (samples("results.jsonl", mode) for mode in MODES)
+    initializer = [" times (".join(times(here[INITIALIZER], here[RAY])) for here in (one, batch)]
+    reload = [" times (".join(times(here[POOL], here[RAY])) for here in (one, batch, array)]
+    bullets = [
+        f"**The published 25x grows with use.** On the stack of May 2019, by the original's protocol (one process, fifty "
+        f"rounds), the pool takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
+        f"{show(pool[-1] / ray[-1])} times in its last ten, and {show(pool.sum() / ray.sum())} times in all. The cause is a "
+        f"leak: with `clear_session()`, one line, it is {show(cleared[0] / ray[0])} times in the first ten and "
+        f"{show(cleared[-1] / ray[-1])} in the last. [The evidence](docs/why-25x.md).",
+        f"**Today it does not grow within fifty rounds.** By the same protocol and with the same call the pool takes "
+        f"{show(today_pool[0])} times as long as Ray in the first ten rounds, and {show(today_pool[-1])} times in the last.",
+        f"**What remains is the price of loading.** Over ten rounds a pool that reloads takes {reload[0]}) as long as Ray in "
+        f"mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) by the article's literal call.",
+        f"**A pool with an initializer does without Ray**: it takes {initializer[0]}) Ray's seconds in `predict`, "
+        f"{initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
+        f"{show(one[RAY].setup)} s.",
+    ]
+    filled = [textwrap.fill(bullet, 120, initial_indent="- ", subsequent_indent="  ") for bullet in bullets]
+    return "\n".join([*filled, "", "Ranges are 95 % intervals. Everything was measured on two cores, not on 48.\n"])
+
+
+def choose():
+    """Return the numbers behind a choice, for the mode predict."""
+    here = samples("results.jsonl", "predict")
+    compute = np.median(here[INITIALIZER].rounds)
+    reload = np.median(here[POOL].rounds) - compute
+    longer = here[RAY].setup - here[POOL].setup
+    saved = (here[POOL].mean - here[RAY].mean) / here[RAY].rounds.shape[1]
+    whole = {name: show(sample.setup + sample.mean) for name, sample in here.items()}
+    text = (
+        f"Here, in mode `predict`, reloading takes r = {show(reload)} s and a call computes for t = {show(compute)} s: a pool "
+        f"that reloads takes 1 + r/t = {show(1 + reload / compute)} times as long. Ray's set-up takes {show(longer)} s longer "
+        f"than the plain pool's and a round {show(saved)} s less: it is repaid after {np.ceil(longer / saved):.0f} rounds. "
+        f"Ten rounds with set-up take the plain pool {whole[POOL]} s, the pool with initializer {whole[INITIALIZER]} s and "
+        f"Ray {whole[RAY]} s."
+    )
+    return textwrap.fill(text, 120) + "\n"
+
+
+def verdicts():
+    """Return the table of the article's claims, judged by our results on all cores."""
+    rows = []
+    for mode in MODES:
+        here, alone = samples("results.jsonl", mode), samples("results.jsonl", mode, 1)
+        for claim, figure, (value, interval, (low, high)) in (
+            ("Ray beats multiprocessing", "multiprocessing / Ray", analyze.compare(here[POOL], here[RAY])),
+            ("Ray beats serial", "serial / Ray", analyze.compare(here[SERIAL], here[RAY])),
+            ("multiprocessing does not beat serial", "pool / serial", analyze.compare(here[POOL], here[SERIAL])),
+        ):
+            verdict = "cannot tell"
+            if low > 1:
+                verdict = "holds"
+            elif high < 1:
+                verdict = "does not hold here"
+            rows.append([f"`{mode}`", claim, f"{figure} > 1", value, interval, verdict])
+        num_cpus = here[SERIAL].trials[0].num_cpus
+        batch = here[SERIAL].seconds / num_cpus
+        verdict = "cannot tell"
+        if max(batch) < min(alone[SERIAL].seconds):
+            verdict = "holds"
+        elif min(batch) > max(alone[SERIAL].seconds):
+            verdict = "does not hold here"
+        figure = f"a batch on {num_cpus} cores / on 1 < 1"
+        value = show(np.mean(batch) / alone[SERIAL].mean)
+        rows.append([f"`{mode}`", "TensorFlow parallelizes serial", figure, value, "all trials", verdict])
+    return table(["mode", "claim", "holds if", "here", "95 % interval", "verdict"], rows)
+
+
+def draw():
+    """Return the Figure of every round of both stacks, side by side, by the original's protocol."""
+    figure = analyze.matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, file, title in zip(panels, ("original.jsonl", "fifty.jsonl"), ("2019", "today"), strict=True):
+        here = samples(file, "predict_array")
+        versions = here[RAY].trials[0].versions
+        for name in (POOL, CLEARED, INITIALIZER, RAY):
+            if name in here:
+                [rounds] = here[name].rounds
+                panel.plot(range(1, len(rounds) + 1), rounds, ".-", color=analyze.COLOURS[name], label=name)
+        title = f"{title}: TensorFlow {versions['tensorflow']}, Ray {versions['ray']}"
+        panel.set(title=title, xlabel="round", yscale="log")
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set(ylabel="seconds of a round")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle("One process, fifty rounds, model.predict(x_test)")
+    return figure
 
 
 PAGES = {
-    "README.md": {"findings": findings, "today": today, "original": original},
-    "docs/measuring.md": {"results": lambda: full("results.jsonl"), "overhead": overhead},
-    "docs/why-25x.md": {"original": original, "growth": growth},
+    "README.md": {"findings": findings, "run": run_output, "stacks": both_stacks, "today": today, "choose": choose},
+    "docs/measuring.md": {"results": full, "verdicts": verdicts, "overhead": overhead},
+    "docs/why-25x.md": {
+        "stacks": lambda: protocol(["predict_array", *MODES[::2]]),
+        "profile": profile,
+        "growth": growth,
+    },
 }
 
 
@@ -162,14 +282,16 @@ def main():
         new = old
         for name, block in blocks.items():
             start, end = f"<!-- measured: {name} -->\n", "<!-- end -->"
-            before, _, rest = new.partition(start)
-            assert end in rest, f"{page} has no place for {name}"
+            before, found, rest = new.partition(start)
+            assert found and end in rest, f"{page} has no place for {name}"
             new = f"{before}{start}\n{block()}\n{end}{rest.partition(end)[2]}"
         if new != old:
             outdated.append(page)
         if "--check" not in sys.argv:
             (ROOT / page).write_text(new)
-    if outdated and "--check" in sys.argv:
+    if "--check" not in sys.argv:
+        draw().savefig(RESULTS / "then-and-now.png", dpi=150)
+    elif outdated:
         sys.exit(f"out of date: {', '.join(outdated)}: run python docs/measured.py")
 
 
