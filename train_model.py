@@ -1,22 +1,19 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["keras==3.15.1", "numpy==2.4.6", "scipy==1.17.1", "tensorflow==2.21.0"]
+# ///
 """Train the article's digit classifier once and leave the two files that the benchmarks read: a model and MNIST.
 
 The code is from "10x faster parallel Python without Python multiprocessing", part 2, benchmark 3 ("expensive
-initialization"), which made its model in this way.
-
-Differences from the article:
-- the model is saved as `/tmp/model.keras`, because Keras 3 refuses a name without an extension;
-- `activation="softmax"` instead of `tf.nn.softmax`, which Keras 3 saves but cannot load again;
-- an `Input` layer instead of `input_shape=`, about which Keras 3 warns;
-- the data are left in `/tmp/mnist.npz`, so that no benchmark needs the network;
-- seeded: the same data give the same weights on the same machine.
+initialization"), with what Keras 3 asks for: a name that ends in .keras, an Input layer, and activations by name. It is
+seeded: the same data give the same weights on the same machine.
 
     python train_model.py                       # MNIST by Keras's loader; without a network, a drawn stand-in
     python train_model.py --stand-in            # the stand-in at once
     python train_model.py --data my/mnist.npz   # a file that exists is used as it is
 
-Prints the accuracy on the test images. Writes the model and, unless they exist, the data: arrays x_train, y_train,
-x_test and y_test (60,000 and 10,000 images of 28 x 28 uint8, and their labels); the stand-in also has `stand_in`.
-Files appear whole, and only after the training. Exit status: 0; 1, a file; 2, usage; 130 and 143, stopped.
+Writes the model and, unless they exist, the data: 60,000 images of 28 x 28 uint8, x_train, 10,000, x_test, and their
+labels, y_train and y_test; the stand-in also has `stand_in`. Files appear whole, and only after the training.
 """
 
 import argparse
@@ -35,10 +32,9 @@ from scipy import ndimage
 # What the environment tells other programs that use Keras and TensorFlow must not change or break the training.
 for name in ("KERAS_MAX_STEPS_PER_EPOCH", "KERAS_NNX_ENABLED", "TF_XLA_FLAGS"):
     os.environ.pop(name, None)
-os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ["TF_USE_LEGACY_KERAS"] = "0"
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # The benchmark is about processor cores.
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # What goes wrong in TensorFlow is raised as an exception, too.
+# No GPU: this is about processor cores.
+os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0", "CUDA_VISIBLE_DEVICES": "-1"}
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 warnings.simplefilter("ignore")  # PYTHONWARNINGS=error would make Keras fail.
 
 
@@ -81,20 +77,21 @@ DIGITS = "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717"
 
 
 def data_kind(mnist):
-    """Return "mnist", "stand-in" or "other-" and a part of the digest, by the content of the arrays."""
-    digest = hashlib.sha256(b"".join(mnist[name].tobytes() for name in sorted(mnist))).hexdigest()
-    if digest == MNIST_SHA256:
-        return "mnist"
-    if "stand_in" in mnist:
-        return "stand-in"
-    return f"other-{digest[:8]}"
+    """Return "mnist", "stand-in" or "other", by the content of the arrays."""
+    arrays = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
+    kind = "stand-in" if "stand_in" in mnist else "other"
+    return "mnist" if hashlib.sha256(arrays).hexdigest() == MNIST_SHA256 else kind
 
 
 def download(data, seconds=60):
-    """Have Keras's loader write MNIST to the file `data`. Return whether it did."""
+    """Have Keras's loader write MNIST to the file `data`. Return whether it did; if not, print the reason."""
     print(f"fetching MNIST by Keras's loader, for {seconds} s at most", file=sys.stderr)
+    reason = "no answer in time"
     with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-P", "-c", DOWNLOAD, data], capture_output=True, timeout=seconds)
+        command = [sys.executable, "-P", "-c", DOWNLOAD, data]
+        reason = subprocess.run(command, capture_output=True, text=True, timeout=seconds).stderr
+    if not os.path.exists(data):
+        print("no MNIST:", *reason.splitlines()[-1:], file=sys.stderr)
     return os.path.exists(data)
 
 
@@ -158,15 +155,18 @@ def main():
             new_model = files.enter_context(new_file(model))
             if source != data and (arguments.stand_in or not download(source)):
                 draw_stand_in(source)
-            mnist = files.enter_context(np.load(source))
+            mnist = dict(np.load(source))
             kind = data_kind(mnist)
             if kind == "stand-in":
                 print(f"WARNING: {data} IS A STAND-IN, NOT MNIST: remove it to try for MNIST again", file=sys.stderr)
             accuracy = train(mnist, new_model)
-    except (OSError, ImportError) as error:
-        sys.exit(f"cannot train {model} on {data} ({error}): check the folders, the disk and the installed packages")
-    except Exception as error:  # Its words are left out: NumPy's can be advice to unpickle a foreign file.
-        sys.exit(f"cannot train on {data} ({type(error).__name__}): it has to hold MNIST's four arrays, or be removed")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        # NumPy's second sentence can be advice to unpickle a foreign file.
+        cause = str(error).strip().replace("\n", ". ").split(". ")[0]
+        files = f"model {model}, data {data}: x_train, y_train, x_test, y_test, images of 28 x 28 pixels, 0 to 255"
+        sys.exit(f"{type(error).__name__}: {cause} ({files}; python -X dev tells more)")
     print(f"test accuracy {accuracy:.4f}, data: {kind} ({data}), model: {model}")
 
 

@@ -84,7 +84,7 @@ class Bench:
             )
 
     def wait_for(self, text, seconds=100):
-        """Wait until the script has printed the text."""
+        """Wait until the script has printed the text, such as "round 2:"."""
         end = time.monotonic() + seconds
         while text not in self.out.read_text():
             assert self.process.poll() is None and time.monotonic() < end, (text, *self.finish(1))
