@@ -52,6 +52,7 @@ ifneq ($(shell .venv/bin/python -c 'print("runs")' 2> /dev/null),runs)
 endif
 
 .venv/ready: requirements.txt
+	@test ! -L .venv || { echo ".venv is a link, and what it leads to would be emptied: remove the link" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13: name one that is, make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
@@ -70,7 +71,7 @@ lint: .venv/ready-dev
 	$(RUN) -m ruff format --check .
 
 benchmark: train .venv/ready-dev
-	$(RUN) tests/benchmarks/overhead.py --model $(MODEL) --data $(DATA)
+	$(RUN) docs/overhead.py --model $(MODEL) --data $(DATA)
 
 clean:
 	rm -rf .venv original/.venv

@@ -1,22 +1,18 @@
-"""bench_ray.py beside a cluster and on one: real raylets on this machine, each with folders of its own.
-
-The cluster, its files and its ports are the tests' own: another Ray on the machine does not notice it.
-"""
+"""bench_ray.py beside a cluster and on one: real raylets on this machine, with folders and ports of their own."""
 
 import contextlib
-import hashlib
 import os
-import shutil
+import re
+import sys
 import tempfile
-import time
-from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import allowed_cpus
+from conftest import APPROACHES, ROOT, allowed_cpus
 
-WAIT = 20  # seconds that bench_ray.py waits for an answer
+QUICK = ("--mode", "predict_on_batch", "--rounds")
+WAIT = 8  # seconds for a round, in place of the script's 600
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +29,8 @@ def cluster():
         stack.callback(cluster.shutdown)
         # Ray would need 15 s to see that a node is dead.
         quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
-        cluster.add_node(num_cpus=0, dashboard_port=0, dashboard_agent_listen_port=0, _system_config=quick)
+        ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+        cluster.add_node(num_cpus=0, include_dashboard=True, **ports, _system_config=quick)
         yield cluster
 
 
@@ -43,10 +40,8 @@ def added(cluster, num_cpus=1, cores=None):
     allowed = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.sched_setaffinity(0, cores or allowed)  # The node's processes inherit it.
-        try:
-            node = cluster.add_node(num_cpus=num_cpus, temp_dir=folder)
-        finally:
-            os.sched_setaffinity(0, allowed)
+        node = cluster.add_node(num_cpus=num_cpus, temp_dir=folder)
+        os.sched_setaffinity(0, allowed)
         try:
             yield node
         finally:
@@ -54,72 +49,33 @@ def added(cluster, num_cpus=1, cores=None):
 
 
 def raylet(node):
-    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return node.all_processes["raylet"][0].process
 
 
-def models(node):
-    """The actors' processes on the node."""
-    found = []
-    for process in raylet(node).children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-            if process.name().startswith("ray::Model"):
-                found.append(process)
-    return found
-
-
-def listening(processes):
-    """The addresses on which the processes listen, by the kernel's word."""
-    found = set()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-            for socket in process.net_connections("inet"):
-                if socket.status == psutil.CONN_LISTEN:
-                    address = ip_address(socket.laddr.ip)
-                    found.add(str(getattr(address, "ipv4_mapped", None) or address))
-    return found
-
-
-def digests(files):
-    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def wait_until(bench, condition):
-    """Wait until a record of the run fulfils the condition."""
-    end = time.monotonic() + 50
-    while not any(condition(record) for record in bench.records()):
-        assert bench.process.poll() is None and time.monotonic() < end, bench.finish(0)
-        time.sleep(0.1)
-
-
-@pytest.fixture
-def files(trained, tmp_path):
-    """Copies of model and data, to be deleted; both have the same base name, in two folders."""
-    copies = [tmp_path / "a" / "x.keras", tmp_path / "b" / "x.keras"]
-    for path, copy in zip(trained, copies, strict=True):
-        copy.parent.mkdir()
-        shutil.copy(path, copy)
-    return copies
+def models(*nodes):
+    """The actors' processes on the nodes."""
+    raylets = [raylet(node).pid for node in nodes]
+    processes = [process for process in psutil.process_iter(["name", "ppid"]) if process.info["ppid"] in raylets]
+    return [process for process in processes if process.info["name"].startswith("ray::Model")]
 
 
 def test_a_private_run_leaves_a_running_cluster_alone(cluster, start, tmp_path):
     """Without --address: a Ray of its own, on loopback, which leaves no token in the home folder."""
-    newest = Path(os.environ["RAY_TMPDIR"], "ray", "ray_current_cluster")
-    before = set(psutil.Process().children(recursive=True))
-    flags = ("--num-cpus", "1", "--predict-on-batch", "--trials", "1000", "--rounds", "2")
-    bench = start("ray", *flags, RAY_AUTH_MODE=None, HOME=tmp_path)
-    bench.wait_for("trial 1:")
-    family = bench.family()
-    assert {"gcs_server", "raylet"} <= {process.name() for process in family}
-    assert listening(family) == {"127.0.0.1"}
-    bench.process.terminate()
-    assert bench.finish()[0] == 143
-    assert bench.left() == []
-    record = bench.records()[0]
-    assert (record["ray"], record["nodes"]) == ("private", 1)
-    assert not (tmp_path / ".ray").exists()
-    assert before <= set(psutil.Process().children(recursive=True))
+    bench = start("ray", *QUICK, 20, "--num-cpus", "1", RAY_AUTH_MODE=None, HOME=tmp_path)
+    bench.wait_for("round 1:")
+    bench.process.suspend()
+    family = {process.pid: process.name() for process in bench.family()}
+    assert {"gcs_server", "raylet"} <= set(family.values())
+    sockets = [socket for socket in psutil.net_connections("inet") if socket.pid in family]
+    listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    bench.process.resume()
+    assert bench.finish()[0] == 0
+    assert bench.left() == [] and not (tmp_path / ".ray").exists()
+    [record] = bench.records()
+    assert (record["cluster"], record["num_cpus"], record["nodes"]) == (False, 1, 1)
     assert cluster.remaining_processes_alive()
-    assert newest.read_text() == cluster.address  # which --address auto means
+    assert Path(os.environ["RAY_TMPDIR"], "ray", "ray_current_cluster").read_text() == cluster.address  # auto
 
 
 def test_a_cluster_without_a_cpu_says_so(cluster, start):
@@ -127,51 +83,47 @@ def test_a_cluster_without_a_cpu_says_so(cluster, start):
     assert (status, err) == (1, f"the cluster at {cluster.address} has no CPU: see ray status\n")
 
 
-def test_an_actor_on_every_cpu_of_three_nodes(cluster, start, files):
+def test_a_job_has_an_actor_on_every_cpu_of_two_nodes(cluster, start, trained, tmp_path):
+    """`ray job submit` gives the script the cluster's address, in RAY_ADDRESS, and a working directory."""
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-    model, data = files
-    sent = digests(files)
-    with added(cluster, 2, {last}) as two, added(cluster) as one, added(cluster) as another:
-        flags = ("--model", model, "--data", data, "--predict-on-batch", "--trials", "1000", "--rounds", "2")
-        bench = start("ray", *flags, RAY_ADDRESS=cluster.address)
-        bench.wait_for("trial 1:")
-        found = {}
-        for node in (two, one, another):
-            found[node] = [allowed_cpus(process) for process in models(node)]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", tmp_path]
+    submit += ["--address", f"http://{cluster.head_node.webui_url}", "--"]
+    with added(cluster, 2, {last}) as two, added(cluster) as one:
+        bench = start("ray", *QUICK, 60, before=submit)
+        bench.wait_for("round 1:")
+        # The first node may use one core, and advertises two CPUs.
+        for node, cores in ((two, [{str(last)}, {str(last)}]), (one, [{str(first)}])):
+            assert [allowed_cpus(process) for process in models(node)] == cores
             for process in models(node):
                 folder = Path(process.cwd())
                 assert folder.is_relative_to(node.get_session_dir_path())
-                assert digests(folder.iterdir()) == sent
-        # The first node may use one core, and advertises two CPUs.
-        assert found == {two: [{str(last)}, {str(last)}], one: [{str(first)}], another: [{str(first)}]}
-        bench.process.terminate()
-        assert bench.finish()[0] == 143
-    for record in bench.records():
-        assert (record["ray"], record["num_cpus"], record["nodes"], record["restarts"]) == ("cluster", 4, 3, 0)
+                copies = {file.name: file.read_bytes() for file in folder.iterdir()}
+                assert copies == {file.name: file.read_bytes() for file in trained}
+        assert bench.finish()[0] == 0
+    [record] = bench.records()
+    assert (record["cluster"], record["num_cpus"], record["nodes"], record["restarts"]) == (True, 3, 2, 0)
 
 
-def test_nodes_die_and_another_joins(cluster, start, files):
-    model, data = files
-    flags = ("--model", model, "--data", data, "--predict-on-batch", "--trials", "10000", "--wait", WAIT)
+def test_a_node_dies_and_one_that_joins_takes_its_actor(cluster, start, tmp_path, monkeypatch):
     with added(cluster) as first, added(cluster) as second:
-        bench = start("ray", "--address", "auto", *flags)
-        bench.wait_for("trial 1:")
-        model.unlink()
-        data.unlink()
-        with added(cluster, 2) as joined:
-            raylet(first).kill()
+        bench = start("ray", *QUICK, 40, "--address", "auto")
+        bench.wait_for("round 1:")
+        raylet(first).kill()
+        with added(cluster) as joined:
+            assert bench.finish()[0] == 0
+            [record] = bench.records()
+            assert (record["num_cpus"], record["nodes"], record["restarts"]) == (2, 2, 1)
+
+            # Of two CPUs it takes one, and without any it waits no longer than it says.
+            script = tmp_path / "bench_ray.py"
+            changed = re.sub(r"( results = ray.get.*)TIMEOUT", rf"\g<1>{WAIT}", (ROOT / "bench_ray.py").read_text())
+            script.write_text(changed)
+            monkeypatch.setitem(APPROACHES, "ray", [script])
+            bench = start("ray", *QUICK, 100000, "--address", "auto", "--num-cpus", "1")
+            bench.wait_for("round 1:")
+            assert len(models(second, joined)) == 1
             raylet(second).kill()
-            wait_until(bench, lambda record: record["nodes"] == 1)
-            assert len(models(joined)) == 2
-            for actor in models(joined):
-                assert Path(actor.cwd()).is_relative_to(joined.get_session_dir_path())
             raylet(joined).kill()
-            status, _, err = bench.finish()
-    assert status == 1
-    assert f"{WAIT} s (--wait)" in err and "Traceback" not in err
-    records = bench.records()
-    assert [record["trial"] for record in records] == list(range(len(records)))
-    assert sum(record["restarts"] for record in records) == 2
-    nodes = [record["nodes"] for record in records]
-    assert nodes == sorted(nodes, reverse=True) and set(nodes) == {2, 1}
-    assert {record["num_cpus"] for record in records} == {2}
+            status, _, err = bench.finish(WAIT + 5)
+    assert (status, err.count("\n")) == (1, 1) and err.startswith("GetTimeoutError: ")
+    assert bench.left() == bench.records() == []

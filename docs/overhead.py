@@ -1,0 +1,137 @@
+"""Print what Ray costs in memory, its idle processes in time, and what our deviations from the article change."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench_multiprocessing as mp
+import bench_ray
+from bench_ray import ray
+
+COUNT = 40  # rounds of each of the two things that take turns
+CORES = bench_ray.physical_cores()
+
+
+def print_memory(script, *flags):
+    """Print the proportional set size (PSS) of a bench script with all its processes, in its fourth round."""
+    command = [sys.executable, script, *flags, *sys.argv[1:], "--rounds", "10000", "--output", os.devnull]
+    with psutil.Popen(command, stdout=subprocess.PIPE, text=True, cwd=sys.path[0]) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        sizes = [(one.name(), one.memory_full_info().pss / 1e6) for one in process.children(recursive=True)]
+        total = process.memory_full_info().pss / 1e6 + sum(size for _, size in sizes)
+        process.terminate()
+    own = [size for name, size in sizes if script == "bench_ray.py" and not name.startswith("ray::Model")]
+    print(
+        f"{script} {' '.join(flags)}: {total:.0f} MB (PSS), {sum(own):.0f} MB of it {len(own)} processes of Ray's own"
+    )
+
+
+def compare(what, first, second):
+    """Let two functions take turns, and report."""
+    pairs = [(seconds(first), seconds(second)) for _ in range(COUNT + 1)]
+    report(what, pairs[1:])  # In the first pair of rounds, workers may have been set up.
+
+
+def seconds(function):
+    time.sleep(0.1)  # What the other one has left, such as Ray's backlog after a stop, is done by then.
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def report(what, pairs):
+    """Print the ratio of the medians, with its 95 % interval: bootstrap of the pairs."""
+    samples = np.transpose(pairs)
+    bootstrap = stats.bootstrap(samples, ratio, paired=True, method="percentile", rng=0)
+    low, high = bootstrap.confidence_interval
+    one, other = 1000 * np.median(samples, axis=1)
+    print(f"{what}: {one / other:.3f} ({low:.3f} to {high:.3f}), {one:.1f} / {other:.1f} ms, {len(pairs)} of each")
+
+
+def ratio(first, second, axis):
+    return np.median(first, axis=axis) / np.median(second, axis=axis)
+
+
+def pool_round(*files, initializer=mp.initialize):
+    pool = mp.Pool(len(CORES), initializer, (CORES, *files))
+    return lambda: pool.starmap(mp.evaluate_next_batch_initialized, [(core, *files) for core in CORES])
+
+
+def load_unpinned(cores, *files):
+    mp.kept["predict"] = mp.load(*files)
+
+
+def first_and_second(core, *files):
+    """Return the seconds of the first two calls in a new process."""
+    mp.pin(core)
+    predict = mp.load(*files)
+    return seconds(predict), seconds(predict)
+
+
+def ray_round(actors):
+    return lambda: ray.get([actor.evaluate_next_batch.remote() for actor in actors])
+
+
+def lower_priority(actor):
+    for thread in psutil.Process().threads():
+        psutil.Process(thread.id).nice(15)
+
+
+def stopped(processes, function):
+    """Call the function while the processes are stopped."""
+    try:
+        for process in processes:
+            process.suspend()
+        function()
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="/tmp/model.keras")
+    parser.add_argument("--data", default="/tmp/mnist.npz")
+    parser.set_defaults(address="local", num_cpus=None, mode="predict")
+    arguments = parser.parse_args()
+    files = [arguments.model, arguments.data]
+    print_memory("bench_serial.py")
+    print_memory("bench_multiprocessing.py")
+    print_memory("bench_multiprocessing.py", "--initializer")
+    print_memory("bench_ray.py", "--address", "local")
+
+    pinned = pool_round(*files, "predict")
+    unpinned = pool_round(*files, "predict", initializer=load_unpinned)
+    compare("pool with initializer, pinned / not pinned", pinned, unpinned)
+    compare("pool with initializer, predict / predict_array", pinned, pool_round(*files, "predict_array"))
+    pool = mp.Pool(len(CORES), maxtasksperchild=1)
+    calls = [pool.starmap(first_and_second, [(core, *files, "predict") for core in CORES], 1) for _ in range(8)]
+    report("predict, first call of a process / second", np.concatenate(calls))
+
+    pools = psutil.Process().children(recursive=True)
+    actors = bench_ray.start_actors(arguments)
+    ray_round(actors)()
+    of_ray = [process for process in psutil.Process().children(recursive=True) if process not in pools]
+    compare("pool with initializer, Ray idle / stopped", pinned, lambda: stopped(of_ray, pinned))
+    model = bench_ray.Model.options(num_cpus=0)
+    nice = [model.remote(i, *files, "predict") for i in range(len(CORES))]
+    ray.get([actor.__ray_call__.remote(lower_priority) for actor in nice])
+    compare("Ray, actors of niceness 15 / 0", ray_round(nice), ray_round(actors))
+    stored = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
+    model = model.options(num_cpus=0, runtime_env={"env_vars": {"RAY_max_direct_call_object_size": "1000000"}})  # bytes
+    replied = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
+    compare("Ray, predict_on_batch, answers by object store / in replies", ray_round(stored), ray_round(replied))
+    bench_ray.end(0)
+
+
+if __name__ == "__main__":
+    main()
