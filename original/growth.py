@@ -86,7 +86,9 @@ def main():
     parser.add_argument("--clear-session", action="store_true", help="call clear_session() before each load_model")
     parser.add_argument("--collect", action="store_true", help="collect garbage before objects are counted")
     parser.add_argument("--profile", default="", metavar="2,20,40", help="numbers of the calls to profile")
-    parser.add_argument("--model", default="original/model.h5", help="default: %(default)s")
+    # In the folder of this file, whatever the current one is: Keras of 2019 runs code that a model's file contains.
+    model = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.h5")
+    parser.add_argument("--model", default=model, help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="growth.jsonl", type=argparse.FileType("a"), help="default: %(default)s")
     arguments = parser.parse_args()
