@@ -77,70 +77,66 @@ def protocol(modes=("predict_array",)):
 
 
 def growth_runs():
-    """Return {(TensorFlow's version, clear_session): [run, ...]} of results/growth.jsonl; a run is a list of calls."""
+    """Return the runs in results/growth.jsonl, each a list of calls, in order of version and variant."""
     runs = {}
     for line in (RESULTS / "growth.jsonl").read_text().splitlines():
         call = json.loads(line)
-        runs.setdefault((call["tensorflow"], call["clear_session"]), {}).setdefault(call["run"], []).append(call)
-    return {key: list(by_run.values()) for key, by_run in runs.items()}
-
-
-def median(runs, field, calls):
-    """Return the median of a field over some calls (numbers from 1) of several runs, without profiled calls."""
-    values = [run[call - 1][field] for run in runs for call in calls if "profile" not in run[call - 1]]
-    return np.median(values)
+        runs.setdefault(call["run"], []).append(call)
+    return sorted(
+        runs.values(), key=lambda run: ([int(x) for x in run[0]["tensorflow"].split(".")], run[0]["clear_session"])
+    )
 
 
 def growth():
-    """Return the table of what fifty stateless calls of one process leave behind, version by version."""
+    """Return the table of what the stateless calls of one process leave behind, version by version."""
     rows = []
-    for (version, cleared), runs in growth_runs().items():
-        runs = [run for run in runs if not any("profile" in call for call in run)]
-        operations = [runs[0][call - 1]["operations"] for call in (1, 2, 50)]
-        counts = "none to count" if None in operations else ", ".join(map(str, operations))
-        early, late = median(runs, "seconds", range(2, 12)), median(runs, "seconds", range(41, 51))
-        megabytes = [f"{median(runs, 'resident_bytes', [call]) / 1e6:.0f}" for call in (2, 10, 50)]
-        objects = [f"{median(runs, 'objects', [call]):,.0f}" for call in (2, 10, 50)]
-        row = [
-            f"{version}{', clear_session()' if cleared else ''}",
-            str(len(runs)),
-            counts,
-            show(early),
-            show(late),
-            show(late / early),
-        ]
-        rows.append([*row, ", ".join(megabytes), "; ".join(objects)])
-    titles = ["TensorFlow", "runs", "operations after 1, 2, 50 calls", "calls 2-11, s", "41-50, s", "ratio"]
-    return table([*titles, "MB after 2, 10, 50", "Python objects after 2, 10, 50"], rows)
+    for run in growth_runs():
+        variant = ""
+        if run[0]["clear_session"]:
+            variant = "clear_session()"
+        if run[0]["collect"]:
+            variant = "garbage collected"
+        counts = "none to count"
+        if run[0]["operations"] is not None:
+            counts = f"{run[0]['operations']}, {run[1]['operations']}, {run[-1]['operations']}"
+        # Profiled calls are slower.
+        early, late = (np.median([c["seconds"] for c in part if "profile" not in c]) for part in (run[1:11], run[-10:]))
+        numbers = [run[call - 1] for call in (2, 10, len(run))]
+        megabytes = ", ".join(f"{call['resident_bytes'] / 1e6:.0f}" for call in numbers)
+        objects = "; ".join(f"{call['objects']:,}" for call in numbers)
+        row = [run[0]["tensorflow"], variant, str(len(run)), counts, show(early), show(late), show(late / early)]
+        rows.append([*row, megabytes, objects])
+    titles = ["TensorFlow", "variant", "calls", "operations after 1, 2, all", "calls 2-11, s", "last ten, s", "ratio"]
+    return table([*titles, "MB after 2, 10, all", "Python objects after 2, 10, all"], rows)
 
 
 def profile():
-    """Return the table of the profiled calls: where load_model and predict spend their seconds."""
-    [run] = [run for runs in growth_runs().values() for run in runs if any("profile" in call for call in run)]
+    """Return the table of the profiled calls, where load_model and predict spend their seconds, and what grows."""
     rows = []
-    for call in run:
-        if "profile" in call:
-            row = [str(call["call"]), show(call["seconds"])]
-            for part, total in (("load_model", call["load_seconds"]), ("predict", call["predict_seconds"])):
-                spent = call["profile"][part]
-                names = ["ExtendSession", "TF_SessionRun_wrapper"]
-                if part == "predict":
-                    names += ["TF_SessionMakeCallable", "TF_SessionRunCallable"]
-                seconds = [spent.get(name, [0, 0])[1] for name in names]
-                row += [show(total), *map(show, seconds), show(total - sum(seconds))]
-            rows.append([*row, show(call["seconds"] - call["load_seconds"] - call["predict_seconds"])])
-    titles = ["call", "seconds", "load_model", "ExtendSession", "Session.run", "other", "predict", "ExtendSession"]
-    return table([*titles, "Session.run", "make callable", "313 steps", "other", "data, s"], rows)
+    parts = []
+    for call in [call for run in growth_runs() for call in run if "profile" in call]:
+        found = {}
+        for part, total in (("load_model", call["load_seconds"]), ("predict", call["predict_seconds"])):
+            for name, (_, seconds) in call["profile"][part].items():
+                found[f"{part}: {name.removeprefix('TF_').removesuffix('_wrapper')}"] = seconds
+            found[f"{part}: other"] = total - sum(seconds for _, seconds in call["profile"][part].values())
+        found["data"] = call["seconds"] - call["load_seconds"] - call["predict_seconds"]
+        parts.append(found)
+        rows.append([str(call["call"]), show(call["seconds"]), *map(show, found.values())])
+    more = {name: parts[-1][name] - parts[0][name] for name in parts[0]}
+    steps = next(name for name in more if name.endswith("Callable") and "Run" in name)
+    loading = sum(seconds for name, seconds in more.items() if name.startswith("load_model"))
+    text = (
+        f"From the first to the last of these calls the 313 steps (SessionRunCallable) take {show(more[steps])} s more, all "
+        f"the rest {show(sum(more.values()) - more[steps])} s, of which {show(loading / sum(more.values()))} is inside "
+        f"`load_model`."
+    )
+    return f"{table(['call', 'seconds', *parts[0]], rows)}\n{textwrap.fill(text, 120)}\n"
 
 
 def run_output():
     """Return what a short run has printed."""
     return f"```\n{(RESULTS / 'run.txt').read_text()}```\n"
-
-
-def overhead():
-    """Return what `make benchmark` has printed."""
-    return f"```\n{(RESULTS / 'overhead.txt').read_text()}```\n"
 
 
 def full():
@@ -166,12 +162,6 @@ def today():
     return f"{table([*titles, 'set-up, s', 'published'], rows)}\n{where(here)}; {len(sample.seconds)} trials of each.\n"
 
 
-def both_stacks():
-    """Return the table of the original's protocol with the places and days of its measurements."""
-    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
-    return f"{protocol()}\n2019: {where(then)}. Today: {where(now)}.\n"
-
-
 def findings():
     then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
     pool, cleared, ray = (tens(then[name]) for name in (POOL, CLEARED, RAY))
@@ -193,8 +183,8 @@ def findings():
         f"{initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
         f"{show(one[RAY].setup)} s.",
     ]
-    filled = [textwrap.fill(bullet, 120, initial_indent="- ", subsequent_indent="  ") for bullet in bullets]
-    return "\n".join([*filled, "", "Ranges are 95 % intervals. Everything was measured on two cores, not on 48.\n"])
+    filled = [textwrap.fill(bullet, 145, initial_indent="- ", subsequent_indent="  ") for bullet in bullets]
+    return "\n".join([*filled, "- Ranges are 95 % intervals. Everything was measured on two cores, not on 48.\n"])
 
 
 def choose():
@@ -212,14 +202,14 @@ def choose():
         f"Ten rounds with set-up take the plain pool {whole[POOL]} s, the pool with initializer {whole[INITIALIZER]} s and "
         f"Ray {whole[RAY]} s."
     )
-    return textwrap.fill(text, 120) + "\n"
+    return textwrap.fill(text, 145) + "\n"
 
 
 def verdicts():
     """Return the table of the article's claims, judged by our results on all cores."""
     rows = []
     for mode in MODES:
-        here, alone = samples("results.jsonl", mode), samples("results.jsonl", mode, 1)
+        here = samples("results.jsonl", mode)
         for claim, figure, (value, interval, (low, high)) in (
             ("Ray beats multiprocessing", "multiprocessing / Ray", analyze.compare(here[POOL], here[RAY])),
             ("Ray beats serial", "serial / Ray", analyze.compare(here[SERIAL], here[RAY])),
@@ -231,16 +221,17 @@ def verdicts():
             elif high < 1:
                 verdict = "does not hold here"
             rows.append([f"`{mode}`", claim, f"{figure} > 1", value, interval, verdict])
-        num_cpus = here[SERIAL].trials[0].num_cpus
-        batch = here[SERIAL].seconds / num_cpus
-        verdict = "cannot tell"
-        if max(batch) < min(alone[SERIAL].seconds):
-            verdict = "holds"
-        elif min(batch) > max(alone[SERIAL].seconds):
-            verdict = "does not hold here"
-        figure = f"a batch on {num_cpus} cores / on 1 < 1"
-        value = show(np.mean(batch) / alone[SERIAL].mean)
-        rows.append([f"`{mode}`", "TensorFlow parallelizes serial", figure, value, "all trials", verdict])
+    here, alone = samples("results.jsonl", "predict"), samples("results.jsonl", "predict", 1)
+    batch = here[SERIAL].seconds / here[SERIAL].trials[0].num_cpus
+    verdict = "cannot tell"
+    if max(batch) < min(alone[SERIAL].seconds):
+        verdict = "holds"
+    elif min(batch) > max(alone[SERIAL].seconds):
+        verdict = "does not hold here"
+    value = show(np.mean(batch) / alone[SERIAL].mean)
+    rows.append(
+        ["`predict`", "TensorFlow parallelizes serial", "a batch on all cores / on 1 < 1", value, "all trials", verdict]
+    )
     return table(["mode", "claim", "holds if", "here", "95 % interval", "verdict"], rows)
 
 
@@ -264,14 +255,21 @@ def draw():
     return figure
 
 
+def stacks():
+    """Return the table of both stacks, today's in all modes, with the spread of the tens and where it was measured."""
+    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
+    spread, cleared = (np.std(tens(then[name])) / np.mean(tens(then[name])) for name in (POOL, CLEARED))
+    text = (
+        f"Taken as five trials, the pool's tens of 2019 have a standard deviation (`np.std`) of {show(spread)} of their mean; "
+        f"with `clear_session()` it is {show(cleared)}. 2019: {where(then)}. Today: {where(now)}."
+    )
+    return f"{protocol(['predict_array', 'predict', 'predict_on_batch'])}\n{textwrap.fill(text, 120)}\n"
+
+
 PAGES = {
-    "README.md": {"findings": findings, "run": run_output, "stacks": both_stacks, "today": today, "choose": choose},
-    "docs/measuring.md": {"results": full, "verdicts": verdicts, "overhead": overhead},
-    "docs/why-25x.md": {
-        "stacks": lambda: protocol(["predict_array", *MODES[::2]]),
-        "profile": profile,
-        "growth": growth,
-    },
+    "README.md": {"findings": findings, "run": run_output, "today": today, "choose": choose},
+    "docs/measuring.md": {"results": full, "verdicts": verdicts},
+    "docs/why-25x.md": {"stacks": stacks, "profile": profile, "growth": growth},
 }
 
 
