@@ -89,7 +89,7 @@ def test_a_job_has_an_actor_on_every_cpu_of_two_nodes(cluster, start, trained, t
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", tmp_path]
     submit += ["--address", f"http://{cluster.head_node.webui_url}", "--"]
     with added(cluster, 2, {last}) as two, added(cluster) as one:
-        bench = start("ray", *QUICK, 60, before=submit)
+        bench = start("ray", *QUICK, 30, before=submit)
         bench.wait_for("round 1:")
         # The first node may use one core, and advertises two CPUs.
         for node, cores in ((two, [{str(last)}, {str(last)}]), (one, [{str(first)}])):
@@ -106,7 +106,7 @@ def test_a_job_has_an_actor_on_every_cpu_of_two_nodes(cluster, start, trained, t
 
 def test_a_node_dies_and_one_that_joins_takes_its_actor(cluster, start, tmp_path, monkeypatch):
     with added(cluster) as first, added(cluster) as second:
-        bench = start("ray", *QUICK, 40, "--address", "auto")
+        bench = start("ray", *QUICK, 15, "--address", "auto")
         bench.wait_for("round 1:")
         raylet(first).kill()
         with added(cluster) as joined:

@@ -1,7 +1,4 @@
-"""config.yaml, and docs/cluster.md's block for Google Cloud, as far as they can be judged without a cloud.
-
-What config.yaml does when it is used is in test_ray_up.py.
-"""
+"""config.yaml and docs/cluster.md as far as they can be judged unused; for the use see test_ray_up.py."""
 
 import json
 import re

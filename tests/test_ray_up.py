@@ -3,7 +3,6 @@
 Ray's own command line talks to moto's imitation of EC2. The programs `ssh` and `rsync` that it starts are those of
 tests/shims, which run the commands on this machine, as an "instance" with a HOME and a /tmp of its own, in a PID
 namespace (`ray stop` ends every Ray process that it sees). All of it is in a network namespace with loopback alone.
-`pytest -s tests/test_ray_up.py` shows the log of the whole route, with the seconds of each command.
 """
 
 import json
@@ -34,8 +33,7 @@ ADDRESS = "172.31.0.10"  # of the instance: what Ray finds when it asks the kern
 NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 NETWORK = f"ip link set lo up; ip address add {ADDRESS}/32 dev lo; ip route add 8.8.8.8 dev lo src {ADDRESS}"
 
-# The instance's commands, and a /tmp of its own (the model, the data and Ray's sessions lie there) in which the rest of
-# the arguments, where they are below /tmp, stay visible. Then bash stays, as process 1: it takes in others' orphans.
+# The instance's commands, and its own /tmp, in which arguments below /tmp stay visible. Bash stays, as process 1.
 BOOT = """
 set -e
 mount --bind "$2" /usr/local/sbin
@@ -81,7 +79,6 @@ def the_route(tmp_path):
     iam.create_role(RoleName="ray-autoscaler-v1", AssumeRolePolicyDocument="{}")
     iam.create_instance_profile(InstanceProfileName="ray-autoscaler-v1")
     iam.add_role_to_instance_profile(InstanceProfileName="ray-autoscaler-v1", RoleName="ray-autoscaler-v1")
-
     run("ray", "up", "-y", "config.yaml")
     address = check_what_ec2_was_asked_for(ec2)
     check_what_listens()
@@ -93,11 +90,9 @@ def the_route(tmp_path):
     assert (record["approach"], record["cluster"], record["num_cpus"], record["nodes"]) == ("ray", True, 2, 1)
     # What the first comment of config.yaml tells to type.
     passes = re.search(r"ray exec config.yaml '(.*?)'", TEXT.replace("\n#", "\n"), re.DOTALL)[1]
-    one_pass = re.sub(r"(bench_\w+\.py)", rf"\1 {FLAGS}", passes.replace("1 2 3 4 5", "1"))
-    run("ray", "exec", "config.yaml", one_pass)
+    run("ray", "exec", "config.yaml", re.sub(r"(bench_\w+\.py)", rf"\1 {FLAGS}", passes.replace("1 2 3 4 5", "1")))
     run("ray", "rsync-down", "config.yaml", "~/benchmark/results.jsonl", f"{tmp_path}/cluster.jsonl")
     printed = run("python", "analyze.py", f"{tmp_path}/cluster.jsonl")
-    # Approach, 1 trial, seconds, Ray's speedup.
     speedups = re.findall(r"^\| (\S+) +\| 1 +\| \S+ +\| (\d\S*) ", printed, re.MULTILINE)
     assert [approach for approach, _ in speedups] == ["serial", "multiprocessing", "multiprocessing+initializer"]
     run("ray", "down", "-y", "config.yaml")
@@ -126,8 +121,7 @@ def start_instance(node):
     (home / ".bashrc").write_text("case $- in *i*) ;; *) return ;; esac\n")
     # train_model.py uses what is there. These "digits", each a line at a height of its own, it learns in a second.
     labels = np.arange(10000, dtype=np.uint8) % 10
-    images = np.zeros((10000, 28, 28), np.uint8)
-    images[np.arange(10000), labels] = 255
+    images = 255 * np.eye(28, dtype=np.uint8)[labels][:, :, None].repeat(28, axis=2)
     np.savez(node / "tmp" / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     shutil.copytree(SHIMS / "instance", commands)
     # What pip cannot bring without a network: the packages that run this test, and the programs `pip` and `ray`. The
@@ -149,10 +143,9 @@ def check_what_ec2_was_asked_for(ec2):
     [instance] = ec2.describe_instances()["Reservations"][0]["Instances"]
     assert (instance["InstanceType"], instance["KeyName"]) == ("m5.4xlarge", "ray-autoscaler_us-west-2")
     assert instance["ImageId"].startswith("resolve:ssm:/aws/service/canonical/ubuntu/server/24.04/")
-    place, metadata = instance["Placement"], instance["MetadataOptions"]
-    assert (place["AvailabilityZone"], metadata["HttpTokens"]) == ("us-west-2a", "required")
-    disks = ec2.describe_volumes()["Volumes"]
-    assert [(disk["Size"], disk["VolumeType"]) for disk in disks] == [(50, "gp3")]
+    assert instance["Placement"]["AvailabilityZone"] == "us-west-2a"
+    assert instance["MetadataOptions"]["HttpTokens"] == "required"
+    assert [(disk["Size"], disk["VolumeType"]) for disk in ec2.describe_volumes()["Volumes"]] == [(50, "gp3")]
     groups = [group["GroupId"] for group in instance["SecurityGroups"]]
     [group] = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
     [inside] = [rule for rule in group["IpPermissions"] if rule["UserIdGroupPairs"]]
