@@ -26,13 +26,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # No traceback for Ctrl-C during the imports below.
 import numpy as np
 import psutil
 
 # Whatever the user's environment says. No GPU: this is about processor cores.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"}
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "0", "KERAS_NNX_ENABLED": "false"}
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "0"}
+os.environ |= {"KERAS_NNX_ENABLED": "false", "TF_XLA_FLAGS": ""}
 VERSIONS = {name: version(name) for name in ("keras", "numpy", "tensorflow")}
 
 
@@ -108,8 +108,8 @@ def parse_arguments(parser):
     parser.add_argument("--data", default="/tmp/mnist.npz", metavar="FILE", help="default %(default)s")
     parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="default %(default)s")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error("argument --rounds: must be at least 1")
+    if arguments.rounds < 1 or not arguments.model.endswith(".keras"):
+        parser.error("--rounds must be at least 1, and --model must name a .keras file")
 
     def explain(kind, error, traceback):
         # Errors of Ray's workers end with a traceback. What Keras says after its first sentence can be unsafe advice.
@@ -130,7 +130,7 @@ def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers,
     labels = np.array(answers, np.uint8)
     accuracy = np.mean(labels == mnist["y_test"].ravel())
     if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all equal, from pixels 0 to 255 over 255")
+        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all alike, of pixels 0 to 255 over 255")
     data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
     weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
     cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"

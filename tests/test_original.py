@@ -149,6 +149,17 @@ def test_today_nothing_is_kept_that_garbage_collection_does_not_free(trained, tm
     assert abs(calls[3]["objects"] - calls[1]["objects"]) < 100  # 1.13.1 leaves 23,000 a call.
 
 
+@pytest.mark.parametrize("program", ["bench_serial.py", "growth.py"])
+def test_a_model_planted_where_one_works_is_not_used(python37, trained, tmp_path, program):
+    copy = tmp_path / "project/original"
+    shutil.copytree(ORIGINAL, copy, ignore=shutil.ignore_patterns(".venv", "model.h5*"))
+    (tmp_path / "original").mkdir()
+    for planted in ("model.h5", "original/model.h5"):
+        (tmp_path / planted).write_text("code")
+    done = run(python37, copy / program, "--data", trained[1], cwd=tmp_path)
+    assert done.returncode == 1 and f"cannot use {copy / 'model.h5'} or" in done.stderr
+
+
 def test_a_wrong_answer_is_not_recorded(python37, files, tmp_path):
     with np.load(files["DATA"]) as arrays:
         np.savez(tmp_path / "wrong.npz", **{**arrays, "y_test": (arrays["y_test"] + 1) % 10})
