@@ -60,7 +60,7 @@ def tens(sample):
 # Blocks
 
 
-def protocol(modes=("predict_array",)):
+def protocol(modes=("predict_array",), approaches=(POOL, CLEARED, INITIALIZER, RAY)):
     """Return the table of both stacks by the original's protocol: one process, fifty rounds."""
     rows = []
     stacks = [("2019", samples("original.jsonl", "predict_array"))]
@@ -68,70 +68,97 @@ def protocol(modes=("predict_array",)):
     for stack, here in stacks:
         of_ray = tens(here[RAY])
         for name, sample in here.items():
-            seconds = tens(sample)
-            ratios = [show(ratio) for ratio in (seconds[0] / of_ray[0], seconds[-1] / of_ray[-1])]
-            ratios.append(show(seconds.sum() / of_ray.sum()))
-            rows.append([stack, name, *map(show, seconds), show(seconds[-1] / seconds[0]), *ratios])
-    titles = ["stack", "approach", "rounds 1-10, s", "11-20", "21-30", "31-40", "41-50", "last / first"]
+            if name in approaches:
+                seconds = tens(sample)
+                ratios = [seconds[0] / of_ray[0], seconds[-1] / of_ray[-1], seconds.sum() / of_ray.sum()]
+                rows.append([stack, name, *map(show, seconds), *map(show, ratios)])
+    titles = ["stack", "approach", "rounds 1-10, s", "11-20", "21-30", "31-40", "41-50"]
     return table([*titles, "first ten / Ray's", "last ten / Ray's", "all / Ray's"], rows)
 
 
 def growth_runs():
-    """Return the runs in results/growth.jsonl, each a list of calls, in order of version and variant."""
+    """Return the runs in results/growth.jsonl, each a list of calls: {(version, variant, calls): [run, ...]}."""
     runs = {}
     for line in (RESULTS / "growth.jsonl").read_text().splitlines():
         call = json.loads(line)
         runs.setdefault(call["run"], []).append(call)
-    return sorted(
-        runs.values(), key=lambda run: ([int(x) for x in run[0]["tensorflow"].split(".")], run[0]["clear_session"])
-    )
+    kinds = {}
+    for run in runs.values():
+        variant = ""
+        if run[0]["clear_session"]:
+            variant = "clear_session()"
+        elif run[0]["collect"]:
+            variant = "gc.collect()"
+        elif any(call["profiled"] for call in run):
+            variant = "profiled"
+        kinds.setdefault((run[0]["tensorflow"], variant, len(run)), []).append(run)
+    return dict(sorted(kinds.items(), key=lambda kind: [int(x) for x in kind[0][0].split(".")]))
 
 
 def growth():
     """Return the table of what the stateless calls of one process leave behind, version by version."""
     rows = []
-    for run in growth_runs():
-        variant = ""
-        if run[0]["clear_session"]:
-            variant = "clear_session()"
-        if run[0]["collect"]:
-            variant = "garbage collected"
-        counts = "none to count"
-        if run[0]["operations"] is not None:
-            counts = f"{run[0]['operations']}, {run[1]['operations']}, {run[-1]['operations']}"
-        # Profiled calls are slower.
-        early, late = (np.median([c["seconds"] for c in part if "profile" not in c]) for part in (run[1:11], run[-10:]))
-        numbers = [run[call - 1] for call in (2, 10, len(run))]
-        megabytes = ", ".join(f"{call['resident_bytes'] / 1e6:.0f}" for call in numbers)
-        objects = "; ".join(f"{call['objects']:,}" for call in numbers)
-        row = [run[0]["tensorflow"], variant, str(len(run)), counts, show(early), show(late), show(late / early)]
-        rows.append([*row, megabytes, objects])
-    titles = ["TensorFlow", "variant", "calls", "operations after 1, 2, all", "calls 2-11, s", "last ten, s", "ratio"]
-    return table([*titles, "MB after 2, 10, all", "Python objects after 2, 10, all"], rows)
+    for (version, variant, count), runs in growth_runs().items():
+        if variant != "profiled":
+            numbers = [2, 10, 50]
+            if count > 50:
+                numbers = [100, 101, count]
+            middle = {
+                name: [f"{np.median([run[number - 1][name] or 0 for run in runs]):.0f}" for number in numbers]
+                for name in ("operations", "resident_bytes", "objects")
+            }
+            operations = ", ".join(middle["operations"])
+            if runs[0][0]["operations"] is None:
+                operations = "none to count"
+            megabytes = ", ".join(show(float(size) / 1e6) for size in middle["resident_bytes"])
+            ratios = [seconds_of(run[-10:]) / seconds_of(run[1:11]) for run in runs]
+            ratio = show(ratios[0])
+            if len(runs) > 1:
+                ratio = f"{show(min(ratios))} to {show(max(ratios))}"
+            early = show(seconds_of([call for run in runs for call in run[1:11]]))
+            named = ", ".join(map(str, numbers))
+            objects = ", ".join(middle["objects"])
+            rows.append([version, variant, str(len(runs)), early, ratio, named, operations, megabytes, objects])
+    titles = ["TensorFlow", "variant", "runs", "calls 2-11, s", "last ten / calls 2-11", "after calls"]
+    return table([*titles, "operations", "MB", "Python objects"], rows)
+
+
+def seconds_of(calls):
+    return np.median([call["seconds"] for call in calls])
 
 
 def profile():
-    """Return the table of the profiled calls, where load_model and predict spend their seconds, and what grows."""
-    rows = []
-    parts = []
-    for call in [call for run in growth_runs() for call in run if "profile" in call]:
-        found = {}
-        for part, total in (("load_model", call["load_seconds"]), ("predict", call["predict_seconds"])):
-            for name, (_, seconds) in call["profile"][part].items():
-                found[f"{part}: {name.removeprefix('TF_').removesuffix('_wrapper')}"] = seconds
-            found[f"{part}: other"] = total - sum(seconds for _, seconds in call["profile"][part].values())
-        found["data"] = call["seconds"] - call["load_seconds"] - call["predict_seconds"]
-        parts.append(found)
-        rows.append([str(call["call"]), show(call["seconds"]), *map(show, found.values())])
-    more = {name: parts[-1][name] - parts[0][name] for name in parts[0]}
-    steps = next(name for name in more if name.endswith("Callable") and "Run" in name)
-    loading = sum(seconds for name, seconds in more.items() if name.startswith("load_model"))
-    text = (
-        f"From the first to the last of these calls the 313 steps (SessionRunCallable) take {show(more[steps])} s more, all "
-        f"the rest {show(sum(more.values()) - more[steps])} s, of which {show(loading / sum(more.values()))} is inside "
-        f"`load_model`."
+    """Return the table of the profiled calls: in which parts of load_model and of predict their seconds pass."""
+    [[run]] = [runs for (_, variant, _), runs in growth_runs().items() if variant == "profiled"]
+    calls = [call for call in run if call["profiled"]]
+    names = {
+        "ExtendSession": "ExtendSession",
+        "Session.run": "TF_SessionRun_wrapper",
+        "making the step": "TF_SessionMakeCallable",
+        "the 313 steps": "TF_SessionRunCallable",
+    }
+    parts = {}
+    for part in ("load_model", "predict"):
+        for name, function in names.items():
+            found = [call["profile"][part].get(function, [0, 0.0]) for call in calls]
+            if any(count for count, _ in found):
+                parts[f"`{part}`: {name}, {found[0][0]} calls"] = [seconds for _, seconds in found]
+        parts[f"`{part}`: the rest"] = [call["other_seconds"][part] for call in calls]
+    parts["reading the data"] = [call["other_seconds"]["data"] for call in calls]
+    rows = [[name, *map(show, seconds), show(seconds[-1] - seconds[0])] for name, seconds in parts.items()]
+    totals = [call["seconds"] for call in calls]
+    more = totals[-1] - totals[0]
+    rows.append(["the whole call, by the clock", *map(show, totals), show(more)])
+    loading = sum(seconds[-1] - seconds[0] for name, seconds in parts.items() if "load_model" in name)
+    walking = sum(
+        seconds[-1] - seconds[0] for name, seconds in parts.items() if "ExtendSession" in name or "Session.run" in name
     )
-    return f"{table(['call', 'seconds', *parts[0]], rows)}\n{textwrap.fill(text, 120)}\n"
+    text = (
+        f"Of the {show(more)} s by which the last of these calls is longer than the first, {walking / more:.0%} are in "
+        f"`ExtendSession` and `Session.run`, and {loading / more:.0%} in `load_model`. The 313 steps do not grow."
+    )
+    titles = ["where", *[f"call {call['call']}, s" for call in calls], "growth, s"]
+    return f"{table(titles, rows)}\n{textwrap.fill(text, 120)}\n"
 
 
 def run_output():

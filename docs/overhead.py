@@ -1,6 +1,7 @@
 """Print what Ray costs in memory, its idle processes in time, and what our deviations from the article change."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,9 +21,10 @@ COUNT = 40  # rounds of each of the two things that take turns
 CORES = bench_ray.physical_cores()
 
 
-def print_memory(script, *flags):
-    """Print the proportional set size (PSS) of a bench script with all its processes, in its fourth round."""
-    command = [sys.executable, script, *flags, *sys.argv[1:], "--rounds", "10000", "--output", os.devnull]
+def memory(arguments, script, *flags):
+    """Record the proportional set size (PSS) of a bench script with all its processes, in its fourth round."""
+    command = [sys.executable, script, *flags, "--model", arguments.model, "--data", arguments.data]
+    command += ["--rounds", "10000", "--output", os.devnull]
     with psutil.Popen(command, stdout=subprocess.PIPE, text=True, cwd=sys.path[0]) as process:
         for _ in range(3):
             process.stdout.readline()
@@ -30,15 +32,20 @@ def print_memory(script, *flags):
         total = process.memory_full_info().pss / 1e6 + sum(size for _, size in sizes)
         process.terminate()
     own = [size for name, size in sizes if script == "bench_ray.py" and not name.startswith("ray::Model")]
-    print(
-        f"{script} {' '.join(flags)}: {total:.0f} MB (PSS), {sum(own):.0f} MB of it {len(own)} processes of Ray's own"
-    )
+    what = " ".join(["memory:", script, *flags])
+    record(arguments, {"what": what, "megabytes": total, "of_ray": sum(own), "processes_of_ray": len(own)})
 
 
-def compare(what, first, second):
+def record(arguments, result):
+    """Print a result, and append it to the output as a line of JSON."""
+    print(*[f"{value:.3g}" if isinstance(value, float) else value for value in result.values()], flush=True)
+    print(json.dumps(result), file=arguments.output, flush=True)
+
+
+def compare(arguments, what, first, second):
     """Let two functions take turns, and report."""
     pairs = [(seconds(first), seconds(second)) for _ in range(COUNT + 1)]
-    report(what, pairs[1:])  # In the first pair of rounds, workers may have been set up.
+    report(arguments, what, pairs[1:])  # In the first pair of rounds, workers may have been set up.
 
 
 def seconds(function):
@@ -48,13 +55,14 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def report(what, pairs):
-    """Print the ratio of the medians, with its 95 % interval: bootstrap of the pairs."""
+def report(arguments, what, pairs):
+    """Record the ratio of the medians, with its 95 % interval: bootstrap of the pairs."""
     samples = np.transpose(pairs)
     bootstrap = stats.bootstrap(samples, ratio, paired=True, method="percentile", rng=0)
-    low, high = bootstrap.confidence_interval
-    one, other = 1000 * np.median(samples, axis=1)
-    print(f"{what}: {one / other:.3f} ({low:.3f} to {high:.3f}), {one:.1f} / {other:.1f} ms, {len(pairs)} of each")
+    low, high = map(float, bootstrap.confidence_interval)
+    one, other = map(float, np.median(samples, axis=1))
+    result = {"what": what, "ratio": one / other, "low": low, "high": high, "seconds": one, "other_seconds": other}
+    record(arguments, result | {"pairs": len(pairs)})
 
 
 def ratio(first, second, axis):
@@ -101,35 +109,38 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="/tmp/model.keras")
     parser.add_argument("--data", default="/tmp/mnist.npz")
+    parser.add_argument("--output", default="overhead.jsonl", type=argparse.FileType("w"))
     parser.set_defaults(address="local", num_cpus=None, mode="predict")
     arguments = parser.parse_args()
     files = [arguments.model, arguments.data]
-    print_memory("bench_serial.py")
-    print_memory("bench_multiprocessing.py")
-    print_memory("bench_multiprocessing.py", "--initializer")
-    print_memory("bench_ray.py", "--address", "local")
+    memory(arguments, "bench_serial.py")
+    memory(arguments, "bench_multiprocessing.py")
+    memory(arguments, "bench_multiprocessing.py", "--initializer")
+    memory(arguments, "bench_ray.py", "--address", "local")
 
     pinned = pool_round(*files, "predict")
     unpinned = pool_round(*files, "predict", initializer=load_unpinned)
-    compare("pool with initializer, pinned / not pinned", pinned, unpinned)
-    compare("pool with initializer, predict / predict_array", pinned, pool_round(*files, "predict_array"))
+    compare(arguments, "pool with initializer, pinned / not pinned", pinned, unpinned)
+    compare(arguments, "pool with initializer, predict / predict_array", pinned, pool_round(*files, "predict_array"))
     pool = mp.Pool(len(CORES), maxtasksperchild=1)
     calls = [pool.starmap(first_and_second, [(core, *files, "predict") for core in CORES], 1) for _ in range(8)]
-    report("predict, first call of a process / second", np.concatenate(calls))
+    report(arguments, "predict, first call of a process / second", np.concatenate(calls))
 
     pools = psutil.Process().children(recursive=True)
     actors = bench_ray.start_actors(arguments)
     ray_round(actors)()
     of_ray = [process for process in psutil.Process().children(recursive=True) if process not in pools]
-    compare("pool with initializer, Ray idle / stopped", pinned, lambda: stopped(of_ray, pinned))
+    compare(arguments, "pool with initializer, Ray idle / stopped", pinned, lambda: stopped(of_ray, pinned))
     model = bench_ray.Model.options(num_cpus=0)
     nice = [model.remote(i, *files, "predict") for i in range(len(CORES))]
     ray.get([actor.__ray_call__.remote(lower_priority) for actor in nice])
-    compare("Ray, actors of niceness 15 / 0", ray_round(nice), ray_round(actors))
+    compare(arguments, "Ray, actors of niceness 15 / 0", ray_round(nice), ray_round(actors))
     stored = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
     model = model.options(num_cpus=0, runtime_env={"env_vars": {"RAY_max_direct_call_object_size": "1000000"}})  # bytes
     replied = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
-    compare("Ray, predict_on_batch, answers by object store / in replies", ray_round(stored), ray_round(replied))
+    compare(
+        arguments, "Ray, predict_on_batch, answers by object store / in replies", ray_round(stored), ray_round(replied)
+    )
     bench_ray.end(0)
 
 

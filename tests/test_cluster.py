@@ -2,17 +2,15 @@
 
 import contextlib
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import APPROACHES, ROOT, allowed_cpus
+from conftest import allowed_cpus
 
 QUICK = ("--mode", "predict_on_batch", "--rounds")
-WAIT = 8  # seconds for a round, in place of the script's 600
 
 
 @pytest.fixture(scope="module")
@@ -104,26 +102,12 @@ def test_a_job_has_an_actor_on_every_cpu_of_two_nodes(cluster, start, trained, t
     assert (record["cluster"], record["num_cpus"], record["nodes"], record["restarts"]) == (True, 3, 2, 0)
 
 
-def test_a_node_dies_and_one_that_joins_takes_its_actor(cluster, start, tmp_path, monkeypatch):
-    with added(cluster) as first, added(cluster) as second:
+def test_a_node_dies_and_one_that_joins_takes_its_actor(cluster, start):
+    with added(cluster) as first, added(cluster):
         bench = start("ray", *QUICK, 15, "--address", "auto")
         bench.wait_for("round 1:")
         raylet(first).kill()
-        with added(cluster) as joined:
+        with added(cluster):
             assert bench.finish()[0] == 0
             [record] = bench.records()
             assert (record["num_cpus"], record["nodes"], record["restarts"]) == (2, 2, 1)
-
-            # Of two CPUs it takes one, and without any it waits no longer than it says.
-            script = tmp_path / "bench_ray.py"
-            changed = re.sub(r"( results = ray.get.*)TIMEOUT", rf"\g<1>{WAIT}", (ROOT / "bench_ray.py").read_text())
-            script.write_text(changed)
-            monkeypatch.setitem(APPROACHES, "ray", [script])
-            bench = start("ray", *QUICK, 100000, "--address", "auto", "--num-cpus", "1")
-            bench.wait_for("round 1:")
-            assert len(models(second, joined)) == 1
-            raylet(second).kill()
-            raylet(joined).kill()
-            status, _, err = bench.finish(WAIT + 5)
-    assert (status, err.count("\n")) == (1, 1) and err.startswith("GetTimeoutError: ")
-    assert bench.left() == bench.records() == []

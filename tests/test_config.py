@@ -1,4 +1,4 @@
-"""config.yaml and docs/cluster.md as far as they can be judged unused; for the use see test_ray_up.py."""
+"""config.yaml as far as it can be judged unused; for the use see test_ray_up.py."""
 
 import json
 import re
@@ -25,20 +25,6 @@ def test_workers_as_the_comment_has_them_are_like_the_head():
     head, worker = config["available_node_types"]["head"], config["available_node_types"]["worker"]
     assert config["max_workers"] == worker["max_workers"] == worker["min_workers"] == 2
     assert (worker["node_config"], worker["resources"]) == (head["node_config"], head["resources"])
-
-
-def test_the_block_for_google_cloud_is_valid():
-    page = ROOT / "docs" / "cluster.md"
-    section = re.split("^#+ .*Google Cloud.*$", page.read_text(), flags=re.MULTILINE)[1]
-    config = CONFIG | yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
-    jsonschema.validate(config, SCHEMA)
-    assert config["provider"]["type"] == "gcp"
-    [node_type] = config["available_node_types"].values()
-    # Google's n2 machines have two hyper-threads a core, and the number in the name counts hyper-threads.
-    threads = int(re.fullmatch(r"n2-standard-(\d+)", node_type["node_config"]["machineType"])[1])
-    assert node_type["resources"] == {"CPU": threads // 2}
-    # The first command installs the cloud's client; what follows is the same on both.
-    assert config["head_setup_commands"][1:] == CONFIG["head_setup_commands"][1:]
 
 
 def test_each_machine_has_the_cores_that_the_comment_says():

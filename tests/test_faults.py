@@ -3,13 +3,10 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
-from conftest import APPROACHES, ROOT, alive, run
+from conftest import APPROACHES, run
 
 pytestmark = pytest.mark.timeout(300)  # None takes a minute on a quiet machine.
 
@@ -108,32 +105,6 @@ def test_results_that_cannot_be_written_are_told(trained, tmp_path):
     message = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "No space left on device" in message and "output /dev/full" in message
     assert "round 1:" in done.stdout  # What was measured is on the screen.
-
-
-def test_a_closed_stdout_is_told(trained, tmp_path):
-    files = ["--model", trained[0], "--data", trained[1], "--output", tmp_path / "results.jsonl"]
-    command = [sys.executable, ROOT / "bench_serial.py", *files, "--mode", "predict_on_batch"]
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(list(map(str, command)), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
-    os.close(writing)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("BrokenPipeError: ")
-
-
-def test_end_ends_processes_that_do_not_listen(tmp_path):
-    code = f"""if True:
-        import subprocess, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import bench_serial
-        deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-        process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        print(process.pid, flush=True)
-        bench_serial.end(7, "the end\\n")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (7, "the end\n")
-    time.sleep(0.2)
-    assert not psutil.pid_exists(int(done.stdout)) or not alive(psutil.Process(int(done.stdout)))
 
 
 def test_after_kill_9_ray_ends_its_processes_itself(killed):

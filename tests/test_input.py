@@ -24,14 +24,11 @@ def refused(tmp_path, model, data, *arguments, status=1, output="results.jsonl")
     return done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated"])
 def test_what_is_no_model_is_told_at_once(trained, tmp_path, kind):
     model = tmp_path / "model.keras"
-    content = trained[0].read_bytes()
-    if kind == "folder":
-        model.mkdir()
-    elif kind != "missing":
-        model.write_bytes({"empty": b"", "text": b"not a model\n", "truncated": content[: len(content) // 2]}[kind])
+    if kind != "missing":
+        model.write_bytes({"text": b"not a model\n", "truncated": trained[0].read_bytes()[:1_000_000]}[kind])
     message = refused(tmp_path, model, trained[1])
     assert str(model) in message and "train_model.py" in message
 
@@ -87,14 +84,12 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "array missing", "shape", "labels", "pickled"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "array missing", "labels", "pickled"])
 def test_bad_data_is_told_and_nothing_unpickled(trained, tmp_path, kind):
     data, mark = tmp_path / "mnist.npz", tmp_path / "mark"
     arrays = dict(np.load(trained[1]))
     if kind == "array missing":
         del arrays["x_test"]
-    elif kind == "shape":
-        arrays["x_test"] = arrays["x_test"][:, :14, :14]
     elif kind == "labels":
         arrays["y_test"] = 9 - arrays["y_test"]
     elif kind == "pickled":
@@ -103,17 +98,15 @@ def test_bad_data_is_told_and_nothing_unpickled(trained, tmp_path, kind):
         np.savez(data, **arrays)
     if kind == "truncated":
         data.write_bytes(data.read_bytes()[:100_000])
-    elif kind == "text":
-        data.write_text("not arrays")
     message = refused(tmp_path, trained[0], data)
     assert str(data) in message and "train_model.py" in message and "unsafely" not in message
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--rounds", "0"], ["--mode", "fast"], ["--num-cpus", "0"], ["--num-cpus", "1000000"], ["--no-such-flag"]],
-)
+WRONG = ["--rounds 0", "--mode fast", "--num-cpus 0", "--num-cpus 1000000", "--no-such-flag", "--model a.h5"]
+
+
+@pytest.mark.parametrize("arguments", map(str.split, WRONG))
 def test_wrong_arguments_are_usage_errors(trained, tmp_path, arguments):
     assert arguments[0] in refused(tmp_path, *trained, *arguments, status=2)
 

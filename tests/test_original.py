@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -69,7 +68,7 @@ def test_five_variants_are_recorded_and_analysed(files):
     assert records["ray"]["data"] == hashlib.sha256(content).hexdigest()
 
 
-def test_labels_are_those_of_a_forward_pass_in_numpy(files):
+def test_accuracy_is_that_of_a_forward_pass_in_numpy(files):
     with h5py.File(files["ORIGINAL_MODEL"]) as file, np.load(files["DATA"]) as data:
         hidden = file["model_weights/dense/dense"]
         output = file["model_weights/dense_1/dense_1"]
@@ -77,41 +76,7 @@ def test_labels_are_those_of_a_forward_pass_in_numpy(files):
         activations = np.maximum(images @ hidden["kernel:0"][()] + hidden["bias:0"][()], 0)
         logits = activations @ output["kernel:0"][()] + output["bias:0"][()]
         accuracy = np.mean(logits.argmax(axis=1) == data["y_test"])
-    two_best = logits.argsort(axis=1)[:, -2:].astype(np.uint8)
-    margins = np.diff(np.sort(logits, axis=1)[:, -2:])[:, 0]
-    close = np.flatnonzero(margins < 1e-4)  # Here rounding decides: either label is right.
-    assert len(close) < 5
-    digests = set()
-    for choice in itertools.product(*two_best[close]):
-        labels = two_best[:, 1].copy()
-        labels[close] = choice
-        digests.add(hashlib.sha256(labels.tobytes()).hexdigest())
-    assert files["records"]["serial"]["labels"] in digests
-    assert files["records"]["serial"]["accuracy"] == pytest.approx(accuracy, abs=0.001)
-
-
-PROBE = """
-import hashlib, sys
-import bench_multiprocessing as bench
-import tensorflow as tf
-from tensorflow.python.keras import backend
-
-def pool(*_):
-    print(tf.get_default_graph().get_operations(), getattr(backend._SESSION, "session", None))
-    arrays = tf.keras.models.load_model(sys.argv[2]).get_weights()
-    print(hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest())
-    sys.exit()
-
-bench.Pool = pool
-bench.main()
-"""
-
-
-def test_the_parent_of_a_pool_has_run_nothing_and_the_weights_are_those_of_the_model(python37, files):
-    version_2 = os.environ | {"TF2_BEHAVIOR": "1"}  # as TensorFlow 2 leaves it to the processes that it starts
-    names = ["--model", files["ORIGINAL_MODEL"], "--data", files["DATA"], "--output", "/dev/null"]
-    done = run(python37, "-c", PROBE, *names, cwd=ORIGINAL, env=version_2)
-    assert done.stdout.splitlines() == ["[] None", files["records"]["serial"]["model"]], done.stderr
+    assert files["records"]["serial"]["accuracy"] == pytest.approx(accuracy, abs=0.0005)  # Rounding may decide a tie.
 
 
 def growth(python, tmp_path, *arguments):
@@ -143,10 +108,11 @@ def test_on_the_stack_of_2019_a_call_leaves_operations_unless_the_session_is_cle
     assert cleared[2]["objects"] == cleared[1]["objects"]
 
 
-def test_today_nothing_is_kept_that_garbage_collection_does_not_free(trained, tmp_path):
-    calls = growth(sys.executable, tmp_path, "--model", trained[0], "--data", trained[1], "--calls", 4, "--collect")
+@pytest.mark.parametrize("flag", ["--collect", "--clear-session"])
+def test_today_nothing_is_kept_that_garbage_collection_does_not_free(trained, tmp_path, flag):
+    calls = growth(sys.executable, tmp_path, "--model", trained[0], "--data", trained[1], "--calls", 4, flag)
     assert [call["operations"] for call in calls] == [None] * 4
-    assert abs(calls[3]["objects"] - calls[1]["objects"]) < 100  # 1.13.1 leaves 23,000 a call.
+    assert abs(calls[3]["objects"] - calls[1]["objects"]) < 100  # Without the flag a call leaves about 1,600.
 
 
 @pytest.mark.parametrize("program", ["bench_serial.py", "growth.py"])
@@ -181,15 +147,11 @@ def living(started, mark):
     return found
 
 
-@pytest.mark.parametrize(
-    ("program", "number", "send"),
-    [
-        ("bench_ray.py", signal.SIGINT, os.killpg),  # Ctrl-C goes to the whole process group.
-        ("bench_ray.py", signal.SIGTERM, os.kill),
-        ("bench_multiprocessing.py", signal.SIGINT, os.killpg),
-        ("make", signal.SIGTERM, os.kill),
-    ],
-)
+SIGNALS = [("bench_ray.py", signal.SIGTERM, os.kill), ("make", signal.SIGTERM, os.kill)]
+SIGNALS += [(f"bench_{name}.py", signal.SIGINT, os.killpg) for name in ("ray", "multiprocessing")]  # As by Ctrl-C.
+
+
+@pytest.mark.parametrize("program, number, send", SIGNALS)
 def test_a_signal_leaves_nothing_running(python37, files, tmp_path, program, number, send):
     model, data, results = files["ORIGINAL_MODEL"], files["DATA"], tmp_path / "results.jsonl"
     command = [python37, ORIGINAL / program, "--rounds", "9999"]
@@ -216,17 +178,12 @@ def test_a_signal_leaves_nothing_running(python37, files, tmp_path, program, num
     assert not left
 
 
-@pytest.mark.parametrize(
-    ("folder", "uname", "words"),
-    [("lab", "Linux aarch64", "x86-64"), ("my lab", "Linux x86_64", "space"), ("lab", "Linux x86_64", "no Python 3.7")],
-)
-def test_what_cannot_work_is_told_before_anything_is_installed(tmp_path, folder, uname, words):
-    copy = tmp_path / folder / "original"
-    shutil.copytree(ORIGINAL, copy, ignore=shutil.ignore_patterns(".venv"))
+@pytest.mark.parametrize("uname, words", [("Linux aarch64", "x86-64"), ("Linux x86_64", "no Python 3.7")])
+def test_what_cannot_work_is_told_before_anything_is_installed(tmp_path, uname, words):
+    shutil.copytree(ORIGINAL, tmp_path / "original", ignore=shutil.ignore_patterns(".venv"))
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")
     (tmp_path / "uname").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    done = run("make", "-C", copy, "PYTHON37=false", env=environment)
-    assert done.returncode == 2
+    done = run("make", "-C", tmp_path / "original", "PYTHON37=false", env=environment)
+    assert done.returncode == 2 and not (tmp_path / "original" / ".venv").exists()
     assert done.stderr.startswith("make original: ") and words in done.stderr.splitlines()[0]
-    assert not (copy / ".venv").exists()

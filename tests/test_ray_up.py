@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 
@@ -104,9 +103,8 @@ def the_route(tmp_path):
 
 def run(*command):
     """Run a command as a user does in this folder; return all that it printed."""
-    began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, text=True)
-    print(f"\n=== {shlex.join(command)}: {time.perf_counter() - began:.1f} s\n{done.stdout}")
+    print(f"\n=== {shlex.join(command)}\n{done.stdout}")
     assert done.returncode == 0
     return done.stdout
 

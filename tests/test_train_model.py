@@ -1,7 +1,6 @@
 """train_model.py: what it leaves, where its data come from, and what becomes of bad data, signals and odd settings."""
 
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -13,10 +12,9 @@ import time
 import zipfile
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, expected_labels, run
 
 import train_model
 
@@ -73,11 +71,7 @@ def weights(model):
 
 
 def accuracy(model, mnist):
-    """The share of right answers to the test images by a forward pass in numpy, with the weights read without Keras."""
-    with h5py.File(io.BytesIO(weights(model))) as file:
-        hidden, output = (file[f"layers/{name}/vars"] for name in ("dense", "dense_1"))
-        values = np.maximum(0, mnist["x_test"].reshape(-1, 784) / 255 @ hidden["0"] + hidden["1"])
-        return np.mean(np.argmax(values @ output["0"] + output["1"], axis=1) == mnist["y_test"])
+    return np.mean(expected_labels(model, mnist["x_test"]) == mnist["y_test"])
 
 
 def test_stand_in_is_the_known_one_and_like_mnist_and_is_learned(trained):
