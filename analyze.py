@@ -180,10 +180,10 @@ def remarks(here):
             growth = tens[-1] / tens[0]
             yield f"{name}: seconds of each ten rounds: {', '.join(map(show, tens))}; last / first: {show(growth)}"
             if growth > 1.2:
-                yield f"**warning:** {name}: {show(growth)} is over 1.2: call clear_session() before each load"
+                yield f"**warning:** {name}: {show(growth)} is over 1.2: is the machine busy, or is there a leak?"
     if SERIAL in here:
         busy = np.mean([trial.cpu_seconds or np.nan for trial in here[SERIAL].trials]) / here[SERIAL].mean
-        yield f"serial takes {show(busy)} CPU seconds per second: so many cores are busy, which is not parallel work"
+        yield f"serial takes {show(busy)} CPU seconds per second: so many cores are busy; the table tells if that helps"
     if POOL in here and INITIALIZER in here:
         value, interval, _ = compare(here[POOL], here[INITIALIZER])
         t = np.median(here[INITIALIZER].rounds)

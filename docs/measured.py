@@ -60,7 +60,7 @@ def tens(sample):
 # Blocks
 
 
-def protocol(modes=("predict_array",), approaches=(POOL, CLEARED, INITIALIZER, RAY)):
+def protocol(modes=("predict_array",), approaches=(SERIAL, POOL, CLEARED, INITIALIZER, RAY)):
     """Return the table of both stacks by the original's protocol: one process, fifty rounds."""
     rows = []
     stacks = [("2019", samples("original.jsonl", "predict_array"))]
@@ -158,7 +158,7 @@ def profile():
         f"`ExtendSession` and `Session.run`, and {loading / more:.0%} in `load_model`. The 313 steps do not grow."
     )
     titles = ["where", *[f"call {call['call']}, s" for call in calls], "growth, s"]
-    return f"{table(titles, rows)}\n{textwrap.fill(text, 120)}\n"
+    return f"{table(titles, rows)}\n{textwrap.fill(text, 145)}\n"
 
 
 def run_output():
@@ -167,26 +167,35 @@ def run_output():
 
 
 def full():
-    """Return what analyze.py prints about results/results.jsonl, less its definitions; headings are a level down."""
-    text, refused, _ = analyze.report(analyze.read([RESULTS / "results.jsonl"]))
+    """Return the tables and warnings that analyze.py prints about results/results.jsonl; headings are a level down."""
+    text, refused, compared = analyze.report(analyze.read([RESULTS / "results.jsonl"]))
     assert not refused, refused
-    return text.removeprefix(analyze.DEFINITIONS).replace("\n## ", "\n### ").strip() + "\n"
+    lines = []
+    for line in text.removeprefix(analyze.DEFINITIONS).splitlines():
+        if line.startswith("## "):
+            lines += ["", f"#{line}", ""]
+        elif line.startswith("|"):
+            lines.append(line)
+        elif "**warning:**" in line:
+            lines += ["", line]
+    return "\n".join([f"{where(list(compared.values())[-1])}.", *lines, ""])
 
 
 def today():
     """Return the README's table: ten rounds on today's stack, in two modes."""
-    columns = []
-    for mode in ("predict", "predict_on_batch"):
-        here = samples("results.jsonl", mode)
-        cells = [[show(sample.mean, sample.spread), *times(sample, here[RAY])] for sample in here.values()]
-        cells = [[seconds, f"{ratio} ({interval})"] for seconds, ratio, interval in cells]
-        cells[list(here).index(RAY)][1] = ""
-        columns.append(cells)
+    here, batch = (samples("results.jsonl", mode) for mode in ("predict", "predict_on_batch"))
     rows = []
-    for (name, sample), one, other in zip(here.items(), *columns, strict=True):
-        rows.append([name, *one, *other, show(sample.setup), analyze.PUBLISHED.get(name, "")])
-    titles = ["approach", "`predict`: seconds", "Ray's speedup", "`predict_on_batch`: seconds", "Ray's speedup"]
-    return f"{table([*titles, 'set-up, s', 'published'], rows)}\n{where(here)}; {len(sample.seconds)} trials of each.\n"
+    for name, sample in here.items():
+        row = [name, show(sample.setup)]
+        for one, of_ray in ((sample, here[RAY]), (batch[name], batch[RAY])):
+            ratio = ""
+            if name != RAY:
+                ratio = "{} ({})".format(*times(one, of_ray))
+            row += [show(one.mean, one.spread), ratio]
+        rows.append([*row, analyze.PUBLISHED.get(name, "")])
+    titles = ["approach", "set-up, s", "`predict`: seconds", "Ray's speedup", "`predict_on_batch`: seconds"]
+    titles += ["Ray's speedup", "published, 48 cores"]
+    return f"{table(titles, rows)}\n{where(here)}.\n"
 
 
 def findings():
@@ -197,21 +206,29 @@ def findings():
     initializer = [" times (".join(times(here[INITIALIZER], here[RAY])) for here in (one, batch)]
     reload = [" times (".join(times(here[POOL], here[RAY])) for here in (one, batch, array)]
     bullets = [
-        f"**The published 25x grows with use.** On the stack of May 2019, by the original's protocol (one process, fifty "
-        f"rounds), the pool takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
-        f"{show(pool[-1] / ray[-1])} times in its last ten, and {show(pool.sum() / ray.sum())} times in all. The cause is a "
-        f"leak: with `clear_session()`, one line, it is {show(cleared[0] / ray[0])} times in the first ten and "
-        f"{show(cleared[-1] / ray[-1])} in the last. [The evidence](docs/why-25x.md).",
-        f"**Today it does not grow within fifty rounds.** By the same protocol and with the same call the pool takes "
-        f"{show(today_pool[0])} times as long as Ray in the first ten rounds, and {show(today_pool[-1])} times in the last.",
-        f"**What remains is the price of loading.** Over ten rounds a pool that reloads takes {reload[0]}) as long as Ray in "
-        f"mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) by the article's literal call.",
-        f"**A pool with an initializer does without Ray**: it takes {initializer[0]}) Ray's seconds in `predict`, "
-        f"{initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
+        f"**On the stack of May 2019 a pool that reloads gets slower with every round.** By the original's protocol (one "
+        f"process, fifty rounds) it takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
+        f"{show(pool[-1] / ray[-1])} times in its last ten, {show(pool.sum() / ray.sum())} times in all. With one more line, "
+        f"`clear_session()`, the ratios are {show(cleared[0] / ray[0])} and {show(cleared[-1] / ray[-1])}. So a leak is a "
+        f"part of the published 25x; how large a part on 48 cores, we cannot tell. [The evidence](docs/why-25x.md).",
+        f"**Today we see no such growth.** By the same protocol and with the same call, the ratio is {show(today_pool[0])} in "
+        f"the first ten rounds and {show(today_pool[-1])} in the last ten.",
+        f"**The price of loading remains.** In trials of ten rounds the pool that reloads takes {reload[0]}) as long as Ray "
+        f"in mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) with the article's exact call, "
+        f"`model.predict(x_test)`.",
+        f"**A pool with an initializer makes Ray unnecessary here.** It takes {initializer[0]}) as long as Ray in `predict` "
+        f"and {initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
         f"{show(one[RAY].setup)} s.",
+        f"All this is from two cores, not from 48. Ranges are 95 % intervals from {len(one[RAY].seconds)} trials; ratios "
+        f"without a range are from one run each.",
     ]
-    filled = [textwrap.fill(bullet, 145, initial_indent="- ", subsequent_indent="  ") for bullet in bullets]
-    return "\n".join([*filled, "- Ranges are 95 % intervals. Everything was measured on two cores, not on 48.\n"])
+    return "".join(textwrap.fill(x, 145, initial_indent="- ", subsequent_indent="  ") + "\n" for x in bullets)
+
+
+def overhead():
+    """Return what `make benchmark` has found, by name."""
+    lines = (RESULTS / "overhead.jsonl").read_text().splitlines()
+    return {found["what"]: found for found in map(json.loads, lines)}
 
 
 def choose():
@@ -222,14 +239,33 @@ def choose():
     longer = here[RAY].setup - here[POOL].setup
     saved = (here[POOL].mean - here[RAY].mean) / here[RAY].rounds.shape[1]
     whole = {name: show(sample.setup + sample.mean) for name, sample in here.items()}
+    found = overhead()
+    memory = {what: one["megabytes"] / 1000 for what, one in found.items() if "megabytes" in one}
+    ray, idle = found["memory: bench_ray.py --address local"], found["pool with initializer, Ray idle / stopped"]
     text = (
-        f"Here, in mode `predict`, reloading takes r = {show(reload)} s and a call computes for t = {show(compute)} s: a pool "
-        f"that reloads takes 1 + r/t = {show(1 + reload / compute)} times as long. Ray's set-up takes {show(longer)} s longer "
-        f"than the plain pool's and a round {show(saved)} s less: it is repaid after {np.ceil(longer / saved):.0f} rounds. "
-        f"Ten rounds with set-up take the plain pool {whole[POOL]} s, the pool with initializer {whole[INITIALIZER]} s and "
-        f"Ray {whole[RAY]} s."
+        f"Here, in mode `predict`, a call computes for t = {show(compute)} s, and reloading adds r = {show(reload)} s: the plain "
+        f"pool takes 1 + r/t = {show(1 + reload / compute)} times as long as one with an initializer. Set-up and ten rounds "
+        f"together take the plain pool {whole[POOL]} s, the pool with an initializer {whole[INITIALIZER]} s, Ray {whole[RAY]} s. "
+        f"Against the plain pool, Ray's longer set-up pays for itself after {np.ceil(longer / saved):.0f} rounds. Two workers "
+        f"with all else take {show(memory['memory: bench_multiprocessing.py --initializer'])} GB of memory in the pool and "
+        f"{show(ray['megabytes'] / 1000)} GB with Ray, of which {show(ray['of_ray'] / 1000)} GB are Ray's own "
+        f"{ray['processes_of_ray']} processes. While these are idle, a pool beside them takes {show(idle['ratio'])} times "
+        f"({show(idle['low'])} to {show(idle['high'])}) as long as while they are stopped."
     )
     return textwrap.fill(text, 145) + "\n"
+
+
+def effects():
+    """Return the table of what `make benchmark` has measured."""
+    rows = []
+    for what, found in overhead().items():
+        if "ratio" in found:
+            interval = f"{show(found['low'])} to {show(found['high'])}"
+            seconds = f"{show(found['seconds'])} / {show(found['other_seconds'])}"
+            rows.append([what, show(found["ratio"]), interval, seconds, str(found["pairs"])])
+        else:
+            rows.append([what, f"{found['megabytes']:.0f} MB", "", "", ""])
+    return table(["what", "ratio of medians, or memory", "95 % interval", "seconds", "pairs"], rows)
 
 
 def verdicts():
@@ -290,12 +326,12 @@ def stacks():
         f"Taken as five trials, the pool's tens of 2019 have a standard deviation (`np.std`) of {show(spread)} of their mean; "
         f"with `clear_session()` it is {show(cleared)}. 2019: {where(then)}. Today: {where(now)}."
     )
-    return f"{protocol(['predict_array', 'predict', 'predict_on_batch'])}\n{textwrap.fill(text, 120)}\n"
+    return f"{protocol(['predict_array', 'predict'])}\n{textwrap.fill(text, 145)}\n"
 
 
 PAGES = {
-    "README.md": {"findings": findings, "run": run_output, "today": today, "choose": choose},
-    "docs/measuring.md": {"results": full, "verdicts": verdicts},
+    "README.md": {"findings": findings, "choose": choose, "run": run_output, "today": today, "stacks": protocol},
+    "docs/measuring.md": {"effects": effects, "results": full, "verdicts": verdicts},
     "docs/why-25x.md": {"stacks": stacks, "profile": profile, "growth": growth},
 }
 
@@ -309,7 +345,7 @@ def main():
             start, end = f"<!-- measured: {name} -->\n", "<!-- end -->"
             before, found, rest = new.partition(start)
             assert found and end in rest, f"{page} has no place for {name}"
-            new = f"{before}{start}\n{block()}\n{end}{rest.partition(end)[2]}"
+            new = f"{before}{start}{block()}{end}{rest.partition(end)[2]}"
         if new != old:
             outdated.append(page)
         if "--check" not in sys.argv:

@@ -129,7 +129,7 @@ def test_long_runs():
     text = report(series(POOL, [growing] * 2) + series(RAY, [[0.5] * 50, [0.5] * 50]))
     assert cells(text, POOL)[0][2:5] == ["1275", "51.0", "needs 2 trials of each, under 20 rounds"]
     assert "multiprocessing: seconds of each ten rounds: 55.0, 155, 255, 355, 455; last / first: 8.27" in text
-    assert "**warning:** multiprocessing: 8.27 is over 1.2: call clear_session() before each load" in text
+    assert "**warning:** multiprocessing: 8.27 is over 1.2: is the machine busy, or" in text
     assert "ray: seconds of each ten rounds: 5.00, 5.00, 5.00, 5.00, 5.00; last / first: 1.00" in text
     assert "**warning:** ray: 1.00" not in text
     assert "seconds of 50 rounds" in text and "of each ten" not in report(series(RAY, [growing[:19]]))

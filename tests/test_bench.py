@@ -1,7 +1,4 @@
-"""The bench scripts as a user runs them: what they print, record and leave, and what the kernel says of their threads.
-
-Oracles: a forward pass in numpy with the weights of the .keras file; the kernel's files under /proc and /sys.
-"""
+"""The bench scripts as a user runs them: what they print, record and leave, and what the kernel says of their threads."""
 
 import hashlib
 import importlib.metadata
