@@ -1,4 +1,4 @@
-"""The bench scripts as a user runs them: what they print, record and leave, and what the kernel says of their threads."""
+"""The bench scripts as a user runs them: what they print, record and leave, and what the kernel says of them."""
 
 import hashlib
 import importlib.metadata
