@@ -196,7 +196,7 @@ def remarks(here):
         repaid = "at once" if longer <= 0 else "never, as measured"
         if longer > 0 and shorter > 0:
             repaid = f"after {np.ceil(longer / shorter):.0f} rounds"
-        yield f"Ray against {name}: set-up {show(longer)} s longer, a round {show(shorter)} s less: repaid {repaid}"
+        yield f"Ray minus {name}: set-up {show(longer)} s, a round {show(-shorter)} s: repaid {repaid}"
 
 
 def report(trials):

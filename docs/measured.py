@@ -102,29 +102,32 @@ def growth():
         if variant != "profiled":
             numbers = [2, 10, 50]
             if count > 50:
-                numbers = [100, 101, count]
+                fall = 1 + np.argmin(np.diff([call["objects"] for call in runs[0]]))
+                numbers = [fall, fall + 1, count]
             middle = {
-                name: [f"{np.median([run[number - 1][name] or 0 for run in runs]):.0f}" for number in numbers]
+                name: [np.median([run[number - 1][name] or 0 for run in runs]) for number in numbers]
                 for name in ("operations", "resident_bytes", "objects")
             }
-            operations = ", ".join(middle["operations"])
+            operations = ", ".join(f"{number:.0f}" for number in middle["operations"])
             if runs[0][0]["operations"] is None:
                 operations = "none to count"
-            megabytes = ", ".join(show(float(size) / 1e6) for size in middle["resident_bytes"])
-            ratios = [seconds_of(run[-10:]) / seconds_of(run[1:11]) for run in runs]
-            ratio = show(ratios[0])
-            if len(runs) > 1:
-                ratio = f"{show(min(ratios))} to {show(max(ratios))}"
-            early = show(seconds_of([call for run in runs for call in run[1:11]]))
-            named = ", ".join(map(str, numbers))
-            objects = ", ".join(middle["objects"])
-            rows.append([version, variant, str(len(runs)), early, ratio, named, operations, megabytes, objects])
-    titles = ["TensorFlow", "variant", "runs", "calls 2-11, s", "last ten / calls 2-11", "after calls"]
-    return table([*titles, "operations", "MB", "Python objects"], rows)
-
-
-def seconds_of(calls):
-    return np.median([call["seconds"] for call in calls])
+            row = [version, variant, str(len(runs))]
+            for name in ("load_seconds", "predict_seconds"):
+                second, last = (np.median([run[number - 1][name] for run in runs]) for number in (2, count))
+                row += [show(second), show(last)]
+            megabytes = ", ".join(f"{size / 1e6:.0f}" for size in middle["resident_bytes"])
+            objects = ", ".join(f"{number:.0f}" for number in middle["objects"])
+            rows.append([*row, ", ".join(map(str, numbers)), operations, megabytes, objects])
+    titles = [
+        "TensorFlow",
+        "variant",
+        "runs",
+        "load in call 2, s",
+        "in the last",
+        "predict in call 2, s",
+        "in the last",
+    ]
+    return table([*titles, "after calls", "operations", "MB", "Python objects"], rows)
 
 
 def profile():
@@ -142,7 +145,7 @@ def profile():
         for name, function in names.items():
             found = [call["profile"][part].get(function, [0, 0.0]) for call in calls]
             if any(count for count, _ in found):
-                parts[f"`{part}`: {name}, {found[0][0]} calls"] = [seconds for _, seconds in found]
+                parts[f"`{part}`: {name} ({found[0][0]} times)"] = [seconds for _, seconds in found]
         parts[f"`{part}`: the rest"] = [call["other_seconds"][part] for call in calls]
     parts["reading the data"] = [call["other_seconds"]["data"] for call in calls]
     rows = [[name, *map(show, seconds), show(seconds[-1] - seconds[0])] for name, seconds in parts.items()]
@@ -153,9 +156,10 @@ def profile():
     walking = sum(
         seconds[-1] - seconds[0] for name, seconds in parts.items() if "ExtendSession" in name or "Session.run" in name
     )
+    steps = next(seconds[-1] - seconds[0] for name, seconds in parts.items() if "313 steps" in name)
     text = (
         f"Of the {show(more)} s by which the last of these calls is longer than the first, {walking / more:.0%} are in "
-        f"`ExtendSession` and `Session.run`, and {loading / more:.0%} in `load_model`. The 313 steps do not grow."
+        f"`ExtendSession` and `Session.run`, {loading / more:.0%} in `load_model`, and {abs(steps) / more:.1%} in the 313 steps."
     )
     titles = ["where", *[f"call {call['call']}, s" for call in calls], "growth, s"]
     return f"{table(titles, rows)}\n{textwrap.fill(text, 145)}\n"
@@ -319,14 +323,21 @@ def draw():
 
 
 def stacks():
-    """Return the table of both stacks, today's in all modes, with the spread of the tens and where it was measured."""
-    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
-    spread, cleared = (np.std(tens(then[name])) / np.mean(tens(then[name])) for name in (POOL, CLEARED))
+    """Return the table of both stacks, with what it says in words, and where the rows of 2019 were measured."""
+    then = samples("original.jsonl", "predict_array")
+    pool, cleared, ray = (tens(then[name]) for name in (POOL, CLEARED, RAY))
+    price, growing = cleared.sum() / ray.sum(), pool.sum() / cleared.sum()
+    quiet = samples("fifty.jsonl", "predict")
+    steady = tens(quiet[POOL]) / tens(quiet[RAY])
     text = (
-        f"Taken as five trials, the pool's tens of 2019 have a standard deviation (`np.std`) of {show(spread)} of their mean; "
-        f"with `clear_session()` it is {show(cleared)}. 2019: {where(then)}. Today: {where(now)}."
+        f"Over fifty rounds {show(pool.sum() / ray.sum())} = {show(price)} (loading the model and the data, and a first predict, in "
+        f"every call) x {show(growing)} (growth). The five tens of the pool of 2019 have a standard deviation (`np.std`) of "
+        f"{np.std(pool) / np.mean(pool):.0%} of their mean; with `clear_session()` it is {np.std(cleared) / np.mean(cleared):.0%}. "
+        f"Today's rows contain a wait for the autotuner that comes and goes ([modes](measuring.md#modes)); without it, in mode "
+        f"`predict`, the pool takes {show(steady[0])} times as long as Ray in the first ten rounds and {show(steady[-1])} times in "
+        f"the last. 2019: {where(then)}. Today's: see [measuring](measuring.md#results-in-full)."
     )
-    return f"{protocol(['predict_array', 'predict'])}\n{textwrap.fill(text, 145)}\n"
+    return f"{protocol(approaches=(POOL, CLEARED, INITIALIZER, RAY))}\n{textwrap.fill(text, 145)}\n"
 
 
 PAGES = {

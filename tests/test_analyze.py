@@ -108,7 +108,7 @@ def test_reloading_and_the_pools_ratio_without_ray():
     # Medians of the rounds: 0.7 and 0.2 s. Ratios 5, 3.5, 1.5: geometric mean 26.25 ** (1/3).
     assert "r = 0.500 s: 1 + r/t times as long if it computes t s; here t = 0.200" in text
     assert f"multiprocessing takes {26.25 ** (1 / 3):.2f} ± " in text
-    assert "Ray's trials are missing: run bench_ray.py" in text and "Ray against" not in text
+    assert "Ray's trials are missing: run bench_ray.py" in text and "Ray minus" not in text
 
 
 BREAK_EVEN = [(9.4, 3, "after 35 rounds"), (9.4, 6, "never, as measured"), (2.5, 6, "at once"), (1, 3, "at once")]
@@ -119,7 +119,7 @@ def test_break_even(setup, ray, repaid):
     # The pool: 2.5 s of set-up, 5 s for ten rounds. 9.4 - 2.5 = 6.9; 6.9 / (0.5 - 0.3) = 34.5.
     for name in (POOL, INITIALIZER):
         text = report(series(name, [5.0] * 2) + series(RAY, [ray] * 2, setup_seconds=setup))
-        (line,) = [line for line in text.splitlines() if f"Ray against {name}:" in line]
+        (line,) = [line for line in text.splitlines() if f"Ray minus {name}:" in line]
         assert line.endswith(f": repaid {repaid}")
 
 
