@@ -1,6 +1,7 @@
 """Print what Ray costs in memory, its idle processes in time, and what our deviations from the article change."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import numpy as np
 import psutil
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import bench_multiprocessing as mp
 import bench_ray
 from bench_ray import ray
@@ -25,9 +27,9 @@ def memory(arguments, script, *flags):
     """Record the proportional set size (PSS) of a bench script with all its processes, in its fourth round."""
     command = [sys.executable, script, *flags, "--model", arguments.model, "--data", arguments.data]
     command += ["--rounds", "10000", "--output", os.devnull]
-    with psutil.Popen(command, stdout=subprocess.PIPE, text=True, cwd=sys.path[0]) as process:
+    with psutil.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for _ in range(3):
-            process.stdout.readline()
+            assert process.stdout.readline().startswith("round"), "the script says on stderr why it has ended"
         sizes = [(one.name(), one.memory_full_info().pss / 1e6) for one in process.children(recursive=True)]
         total = process.memory_full_info().pss / 1e6 + sum(size for _, size in sizes)
         process.terminate()
@@ -42,10 +44,25 @@ def record(arguments, result):
     print(json.dumps(result), file=arguments.output, flush=True)
 
 
-def compare(arguments, what, first, second):
-    """Let two functions take turns, and report."""
-    pairs = [(seconds(first), seconds(second)) for _ in range(COUNT + 1)]
+def compare(arguments, what, first, second, stopped=()):
+    """Let two functions take turns, the second while the processes in `stopped` are stopped, and report."""
+    pairs = []
+    for _ in range(COUNT + 1):
+        one = seconds(first)
+        with suspended(stopped):
+            pairs.append((one, seconds(second)))
     report(arguments, what, pairs[1:])  # In the first pair of rounds, workers may have been set up.
+
+
+@contextlib.contextmanager
+def suspended(processes):
+    try:
+        for process in processes:
+            process.suspend()
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def seconds(function):
@@ -94,17 +111,6 @@ def lower_priority(actor):
         psutil.Process(thread.id).nice(15)
 
 
-def stopped(processes, function):
-    """Call the function while the processes are stopped."""
-    try:
-        for process in processes:
-            process.suspend()
-        function()
-    finally:
-        for process in processes:
-            process.resume()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="/tmp/model.keras")
@@ -130,17 +136,11 @@ def main():
     actors = bench_ray.start_actors(arguments)
     ray_round(actors)()
     of_ray = [process for process in psutil.Process().children(recursive=True) if process not in pools]
-    compare(arguments, "pool with initializer, Ray idle / stopped", pinned, lambda: stopped(of_ray, pinned))
+    compare(arguments, "pool with initializer, Ray idle / stopped", pinned, pinned, of_ray)
     model = bench_ray.Model.options(num_cpus=0)
     nice = [model.remote(i, *files, "predict") for i in range(len(CORES))]
     ray.get([actor.__ray_call__.remote(lower_priority) for actor in nice])
     compare(arguments, "Ray, actors of niceness 15 / 0", ray_round(nice), ray_round(actors))
-    stored = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
-    model = model.options(num_cpus=0, runtime_env={"env_vars": {"RAY_max_direct_call_object_size": "1000000"}})  # bytes
-    replied = [model.remote(i, *files, "predict_on_batch") for i in range(len(CORES))]
-    compare(
-        arguments, "Ray, predict_on_batch, answers by object store / in replies", ray_round(stored), ray_round(replied)
-    )
     bench_ray.end(0)
 
 
