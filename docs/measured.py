@@ -210,16 +210,16 @@ def findings():
     initializer = [" times (".join(times(here[INITIALIZER], here[RAY])) for here in (one, batch)]
     reload = [" times (".join(times(here[POOL], here[RAY])) for here in (one, batch, array)]
     bullets = [
-        f"**On the stack of May 2019 a pool that reloads gets slower with every round.** By the original's protocol (one "
+        f"**On the stack of May 2019 a pool that reloads gets slower and slower.** By the original's protocol (one "
         f"process, fifty rounds) it takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
         f"{show(pool[-1] / ray[-1])} times in its last ten, {show(pool.sum() / ray.sum())} times in all. With one more line, "
-        f"`clear_session()`, the ratios are {show(cleared[0] / ray[0])} and {show(cleared[-1] / ray[-1])}. So a leak is a "
-        f"part of the published 25x; how large a part on 48 cores, we cannot tell. [The evidence](docs/why-25x.md).",
-        f"**Today we see no such growth.** By the same protocol and with the same call, the ratio is {show(today_pool[0])} in "
+        f"`clear_session()`, the ratios are {show(cleared[0] / ray[0])} and {show(cleared[-1] / ray[-1])}. Part of the "
+        f"published 25x may be this leak; how much, two cores cannot tell. [The evidence](docs/why-25x.md).",
+        f"**Today we see no such growth.** By the same protocol, the ratio is {show(today_pool[0])} in "
         f"the first ten rounds and {show(today_pool[-1])} in the last ten.",
         f"**The price of loading remains.** In trials of ten rounds the pool that reloads takes {reload[0]}) as long as Ray "
-        f"in mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) with the article's exact call, "
-        f"`model.predict(x_test)`.",
+        f"in mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) with the article's exact "
+        f"call, `model.predict(x_test)`.",
         f"**A pool with an initializer makes Ray unnecessary here.** It takes {initializer[0]}) as long as Ray in `predict` "
         f"and {initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
         f"{show(one[RAY].setup)} s.",
