@@ -190,15 +190,15 @@ def today():
     here, batch = (samples("results.jsonl", mode) for mode in ("predict", "predict_on_batch"))
     rows = []
     for name, sample in here.items():
-        row = [name, show(sample.setup)]
+        ratios = []
         for one, of_ray in ((sample, here[RAY]), (batch[name], batch[RAY])):
-            ratio = ""
+            ratios.append("")
             if name != RAY:
-                ratio = "{} ({})".format(*times(one, of_ray))
-            row += [show(one.mean, one.spread), ratio]
-        rows.append([*row, analyze.PUBLISHED.get(name, "")])
-    titles = ["approach", "set-up, s", "`predict`: seconds", "Ray's speedup", "`predict_on_batch`: seconds"]
-    titles += ["Ray's speedup", "published, 48 cores"]
+                ratios[-1] = "{} ({})".format(*times(one, of_ray))
+        row = [name, show(sample.setup), show(sample.mean, sample.spread), ratios[0], analyze.PUBLISHED.get(name, "")]
+        rows.append([*row, show(batch[name].mean, batch[name].spread), ratios[1]])
+    titles = ["approach", "set-up (`predict`), s", "`predict`: s of ten rounds", "Ray's speedup", "published, 48 cores"]
+    titles += ["`predict_on_batch`: s of ten rounds", "Ray's speedup"]
     return f"{table(titles, rows)}\n{where(here)}.\n"
 
 
@@ -212,19 +212,20 @@ def findings():
     bullets = [
         f"**On the stack of May 2019 a pool that reloads gets slower and slower.** By the original's protocol (one "
         f"process, fifty rounds) it takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
-        f"{show(pool[-1] / ray[-1])} times in its last ten, {show(pool.sum() / ray.sum())} times in all. With one more line, "
+        f"{show(pool[-1] / ray[-1])} times in its last ten, {show(pool.sum() / ray.sum())} times overall. With one line added, "
         f"`clear_session()`, the ratios are {show(cleared[0] / ray[0])} and {show(cleared[-1] / ray[-1])}. Part of the "
         f"published 25x may be this leak; how much, two cores cannot tell. [The evidence](docs/why-25x.md).",
-        f"**Today we see no such growth.** By the same protocol, the ratio is {show(today_pool[0])} in "
+        f"**Today there is no such growth.** By the same protocol, the ratio is {show(today_pool[0])} in "
         f"the first ten rounds and {show(today_pool[-1])} in the last ten.",
         f"**The price of loading remains.** In trials of ten rounds the pool that reloads takes {reload[0]}) as long as Ray "
         f"in mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) with the article's exact "
-        f"call, `model.predict(x_test)`.",
+        f"call, `model.predict(x_test)` (`predict_array`), in which a wait for TensorFlow's autotuner comes and goes: the jumps in "
+        f"the figure.",
         f"**A pool with an initializer makes Ray unnecessary here.** It takes {initializer[0]}) as long as Ray in `predict` "
         f"and {initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
         f"{show(one[RAY].setup)} s.",
-        f"All this is from two cores, not from 48. Ranges are 95 % intervals from {len(one[RAY].seconds)} trials; ratios "
-        f"without a range are from one run each.",
+        f"All this is from two cores, not from 48. Ranges are 95 % intervals from {len(one[RAY].seconds)} trials; ratios of "
+        f"ten rounds without a range are from one run each.",
     ]
     return "".join(textwrap.fill(x, 145, initial_indent="- ", subsequent_indent="  ") + "\n" for x in bullets)
 
@@ -251,10 +252,10 @@ def choose():
         f"pool takes 1 + r/t = {show(1 + reload / compute)} times as long as one with an initializer. Set-up and ten rounds "
         f"together take the plain pool {whole[POOL]} s, the pool with an initializer {whole[INITIALIZER]} s, Ray {whole[RAY]} s. "
         f"Against the plain pool, Ray's longer set-up pays for itself after {np.ceil(longer / saved):.0f} rounds. Two workers "
-        f"with all else take {show(memory['memory: bench_multiprocessing.py --initializer'])} GB of memory in the pool and "
+        f"and all the rest take {show(memory['memory: bench_multiprocessing.py --initializer'])} GB of memory in the pool and "
         f"{show(ray['megabytes'] / 1000)} GB with Ray, of which {show(ray['of_ray'] / 1000)} GB are Ray's own "
         f"{ray['processes_of_ray']} processes. While these are idle, a pool beside them takes {show(idle['ratio'])} times "
-        f"({show(idle['low'])} to {show(idle['high'])}) as long as while they are stopped."
+        f"({show(idle['low'])} to {show(idle['high'])}) as long as while they are stopped ({idle['pairs']} pairs of rounds)."
     )
     return textwrap.fill(text, 145) + "\n"
 
@@ -333,8 +334,8 @@ def stacks():
         f"Over fifty rounds {show(pool.sum() / ray.sum())} = {show(price)} (loading the model and the data, and a first predict, in "
         f"every call) x {show(growing)} (growth). The five tens of the pool of 2019 have a standard deviation (`np.std`) of "
         f"{np.std(pool) / np.mean(pool):.0%} of their mean; with `clear_session()` it is {np.std(cleared) / np.mean(cleared):.0%}. "
-        f"Today's rows contain a wait for the autotuner that comes and goes ([modes](measuring.md#modes)); without it, in mode "
-        f"`predict`, the pool takes {show(steady[0])} times as long as Ray in the first ten rounds and {show(steady[-1])} times in "
+        f"Today's rows contain a wait for the autotuner that comes and goes ([modes](measuring.md#modes)); in mode "
+        f"`predict`, which has no such wait, the pool takes {show(steady[0])} times as long as Ray in the first ten rounds and {show(steady[-1])} times in "
         f"the last. 2019: {where(then)}. Today's: see [measuring](measuring.md#results-in-full)."
     )
     return f"{protocol(approaches=(POOL, CLEARED, INITIALIZER, RAY))}\n{textwrap.fill(text, 145)}\n"
