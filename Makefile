@@ -64,7 +64,7 @@ endif
 	touch $@
 
 test: .venv/ready-dev
-	$(RUN) -m pytest -n 3 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready-dev
 	$(RUN) -m ruff check .
