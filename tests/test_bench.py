@@ -22,7 +22,6 @@ MODES = ["predict", "predict_array", "predict_on_batch"]
 ALL = [*((name, MODES[0]) for name in APPROACHES), *((name, mode) for mode in MODES[1:] for name in ("serial", "ray"))]
 CORES = bench_serial.physical_cores()
 ENDLESS = ["--rounds", "1000000", "--mode", "predict_on_batch"]
-pytestmark = pytest.mark.timeout(300)  # None takes a minute on a quiet machine.
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux pins processes")
 
 

@@ -8,8 +8,6 @@ import time
 import pytest
 from conftest import APPROACHES, run
 
-pytestmark = pytest.mark.timeout(300)  # None takes a minute on a quiet machine.
-
 ENDLESS = ["--rounds", "1000000", "--mode", "predict_on_batch"]
 EARLIER = '{"an": "earlier record"}\n'
 
@@ -56,8 +54,7 @@ def test_an_actor_that_cannot_come_back_ends_the_run(start, trained, tmp_path):
     check_the_end(bench, 1, [model, "File not found", "train_model.py"])
 
 
-@pytest.mark.parametrize("approach", ["multiprocessing", "multiprocessing+initializer"])
-@pytest.mark.parametrize("in_setup", [True, False])
+@pytest.mark.parametrize("approach, in_setup", [("multiprocessing", False), ("multiprocessing+initializer", True)])
 def test_a_killed_pool_worker_ends_the_run_within_seconds(start, approach, in_setup):
     bench = start(approach, *ENDLESS)
     if in_setup:

@@ -126,16 +126,6 @@ def test_a_model_planted_where_one_works_is_not_used(python37, trained, tmp_path
     assert done.returncode == 1 and f"cannot use {copy / 'model.h5'} or" in done.stderr
 
 
-def test_a_wrong_answer_is_not_recorded(python37, files, tmp_path):
-    with np.load(files["DATA"]) as arrays:
-        np.savez(tmp_path / "wrong.npz", **{**arrays, "y_test": (arrays["y_test"] + 1) % 10})
-    command = [python37, ORIGINAL / "bench_serial.py", "--rounds", 1, "--model", files["ORIGINAL_MODEL"]]
-    done = run(*command, "--data", "wrong.npz", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("not recorded: wrong answers, accuracy 0.0") and "wrong.npz" in done.stderr
-    assert (tmp_path / "original.jsonl").read_text() == ""
-
-
 def living(started, mark):
     """The living processes of those started or with the mark in their environment (where Redis writes its title)."""
     found = []

@@ -46,7 +46,6 @@ sleep infinity & wait
 """
 
 
-@pytest.mark.timeout(300)
 def test_the_route_from_up_to_down(tmp_path):
     if "INSIDE" in os.environ:
         return the_route(tmp_path)

@@ -71,11 +71,12 @@ def test_a_snippet_runs_in_an_empty_folder(code, trained, tmp_path):
     for path, here in zip(("/tmp/model.keras", "/tmp/mnist.npz"), trained, strict=True):
         assert code.count(path) == 1
         code = code.replace(path, str(here))
+    code = code.replace("range(10)", "range(2)")
     save = "\nif __name__ == '__main__':\n    np.save('results.npy', results)\n"
     (tmp_path / "pasted.py").write_text(code + save)
     done = subprocess.run([sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^\d+\.\d+ s$", done.stdout, re.MULTILINE)) == 10, "the rounds are timed"
+    assert len(re.findall(r"^\d+\.\d+ s$", done.stdout, re.MULTILINE)) == 2, "the rounds are timed"
     with np.load(trained[1]) as mnist:
         expected = expected_labels(trained[0], mnist["x_test"])
     for answers in np.load(tmp_path / "results.npy"):
