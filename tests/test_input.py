@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,13 +121,16 @@ def test_wrong_arguments_are_usage_errors(main, trained, arguments, capsys):
     assert arguments.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_other_packings_of_the_data(main, trained, tmp_path):
+def test_other_packings_of_the_data_and_an_arm_processor(main, trained, tmp_path, monkeypatch):
     arrays = dict(np.load(trained[1]))
     np.savez(tmp_path / "scaled.npz", **(arrays | {"x_test": np.float32(arrays["x_test"] / 255)}))
     assert "pixels 0 to 255" in refused(main, trained[0], tmp_path / "scaled.npz")
     odd = {"y_test": arrays["y_test"].astype(np.int64)[:, None], "x_test": arrays["x_test"][..., None]}
     np.savez(tmp_path / "odd.npz", **(arrays | odd))
+    (tmp_path / "cpuinfo").write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
+    monkeypatch.setattr(bench_serial, "Path", lambda path: tmp_path if path == "/proc" else Path(path))
     assert main(trained[0], tmp_path / "odd.npz") == 0
+    assert '"machine": "0x41 0xd0c, ' in (tmp_path / "results").read_text()
 
 
 def test_what_nobody_foresaw_is_told_as_what_it_is(trained, tmp_path):
