@@ -183,7 +183,7 @@ def remarks(here):
                 yield f"**warning:** {name}: {show(growth)} is over 1.2: is the machine busy, or is there a leak?"
     if SERIAL in here:
         busy = np.mean([trial.cpu_seconds or np.nan for trial in here[SERIAL].trials]) / here[SERIAL].mean
-        yield f"serial takes {show(busy)} CPU seconds per second: so many cores are busy; the table tells if that helps"
+        yield f"serial keeps {show(busy)} cores busy (CPU seconds per second)"
     if POOL in here and INITIALIZER in here:
         value, interval, _ = compare(here[POOL], here[INITIALIZER])
         t = np.median(here[INITIALIZER].rounds)

@@ -166,8 +166,8 @@ def draw_stand_in(data, count=70000):
         ndimage.affine_transform(digits[label], matrix, offset, output=image, order=1)
         image[:] = (4 * (image - thin)).clip(0, ink)
     images = (images * (200 + 55 * generator.random(images.shape, np.float32))).astype(np.uint8)
-    train = {"x_train": images[:-10000], "y_train": labels[:-10000]}
-    np.savez_compressed(data, **train, x_test=images[-10000:], y_test=labels[-10000:])
+    training = {"x_train": images[:-10000], "y_train": labels[:-10000]}
+    np.savez_compressed(data, **training, x_test=images[-10000:], y_test=labels[-10000:])
 
 
 if __name__ == "__main__":

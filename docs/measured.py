@@ -89,7 +89,7 @@ def growth_runs():
             variant = "clear_session()"
         elif run[0]["collect"]:
             variant = "gc.collect()"
-        elif any(call["profiled"] for call in run):
+        elif any("profile" in call for call in run):
             variant = "profiled"
         kinds.setdefault((run[0]["tensorflow"], variant, len(run)), []).append(run)
     return dict(sorted(kinds.items(), key=lambda kind: [int(x) for x in kind[0][0].split(".")]))
@@ -133,7 +133,7 @@ def growth():
 def profile():
     """Return the table of the profiled calls: in which parts of load_model and of predict their seconds pass."""
     [[run]] = [runs for (_, variant, _), runs in growth_runs().items() if variant == "profiled"]
-    calls = [call for call in run if call["profiled"]]
+    calls = [call for call in run if "profile" in call]
     names = {
         "ExtendSession": "ExtendSession",
         "Session.run": "TF_SessionRun_wrapper",

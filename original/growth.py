@@ -77,7 +77,7 @@ def call(arguments, profile):
     if np.mean(answers.argmax(axis=1) == mnist[1][1]) < 0.9:
         raise ValueError("wrong answers")
     measured = {"seconds": seconds, "load_seconds": load_seconds, "predict_seconds": predict_seconds}
-    measured.update(profiled=profile, operations=count_operations(model))
+    measured.update(operations=count_operations(model))
     if profile:
         other = {"load_model": load_seconds, "predict": predict_seconds}
         for part, found in (("load_model", in_load), ("predict", in_predict)):

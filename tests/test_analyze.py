@@ -71,7 +71,7 @@ def test_paired_speedup():
     assert cells(text, SERIAL) == [row]
     assert cells(text, RAY) == [[RAY, "2", "3.00 ± 1.41", "", "", "2.50", "5.50", "5 s"]]
     assert cells(text, "approach")[0][2:4] == ["seconds of 10 rounds", "Ray's speedup"]
-    assert "serial takes 0.643 CPU seconds per second" in text  # 4.5 s of CPU time in each trial, 7 s in the mean.
+    assert "serial keeps 0.643 cores busy" in text  # 4.5 s of CPU time in each trial, 7 s in the mean.
     assert text.startswith("± is the spread of single trials")
 
 
