@@ -48,8 +48,8 @@ def evaluate_next_batch(core, filename, datafile, mode):
 
 
 def initialize(cores, *files):
-    pin(cores[(int(current_process().name.rpartition("-")[2]) - 1) % len(cores)])  # ForkPoolWorker-1, or alike
-    with contextlib.suppress(Exception):  # The pool would replace the worker, for ever. Its first call fails instead.
+    pin(cores[(int(current_process().name.rpartition("-")[2]) - 1) % len(cores)])  # ForkPoolWorker-1, or similar
+    with contextlib.suppress(Exception):  # The pool would replace the worker forever. Its first call fails instead.
         kept["predict"] = load(*files)
 
 
@@ -68,7 +68,7 @@ def main():
     evaluate = evaluate_next_batch_initialized if arguments.initializer else evaluate_next_batch
     tasks = [(core, *files) for core in cores]
     pool = Pool(len(cores), initialize if arguments.initializer else None, (cores, *files))
-    os.register_at_fork(after_in_child=lambda: os._exit(1))  # No replacements: starmap() ends the script instead.
+    os.register_at_fork(after_in_child=lambda: os._exit(1))  # Under fork no replacements: starmap() ends the script.
     workers = active_children()
     answered = set()
     while len(answered) < len(cores):  # Until all are set up: a fast worker may take a slow one's task.
@@ -95,7 +95,7 @@ def warm_up(evaluate, *task):
 
 
 def starmap(pool, workers, function, tasks):
-    """Do as pool.starmap, but end the script if a worker has died: pool.starmap would wait for ever (CPython 96062)."""
+    """Do as pool.starmap, but end the script if a worker has died: pool.starmap would wait forever (CPython 96062)."""
     results = pool.starmap_async(function, tasks)
     while not results.ready():
         results.wait(1)
@@ -115,7 +115,7 @@ def pin(cpu):
 
 # From here on: the same in all bench scripts.
 def load(filename, datafile, mode):
-    """Load the model and the test images; return a function that predicts: () -> scores of the classes, (10000, 10)."""
+    """Load the model and the test images; return a function that predicts: () -> class scores (10000, 10)."""
     import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
     tf.get_logger().setLevel("ERROR")  # It warns of a model that is traced in every call: that is what we measure.
@@ -171,7 +171,7 @@ def parse_arguments(parser):
 
     sys.excepthook = sys.excepthook if sys.flags.dev_mode else explain
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: end(128 + number))  # 130 or 143, and no traceback
+        signal.signal(number, lambda signum, frame: end(128 + signum))  # 130 or 143, and no traceback
     return arguments
 
 
@@ -181,7 +181,7 @@ def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers,
     labels = np.array(answers, np.uint8)
     accuracy = np.mean(labels == mnist["y_test"].ravel())
     if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all alike, of pixels 0 to 255 over 255")
+        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all equal, of pixels 0 to 255 over 255")
     data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
     weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
     cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"

@@ -120,7 +120,7 @@ def pin(cpu):
 
 # From here on: the same in all bench scripts.
 def load(filename, datafile, mode):
-    """Load the model and the test images; return a function that predicts: () -> scores of the classes, (10000, 10)."""
+    """Load the model and the test images; return a function that predicts: () -> class scores (10000, 10)."""
     import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
     tf.get_logger().setLevel("ERROR")  # It warns of a model that is traced in every call: that is what we measure.
@@ -176,7 +176,7 @@ def parse_arguments(parser):
 
     sys.excepthook = sys.excepthook if sys.flags.dev_mode else explain
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: end(128 + number))  # 130 or 143, and no traceback
+        signal.signal(number, lambda signum, frame: end(128 + signum))  # 130 or 143, and no traceback
     return arguments
 
 
@@ -186,7 +186,7 @@ def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers,
     labels = np.array(answers, np.uint8)
     accuracy = np.mean(labels == mnist["y_test"].ravel())
     if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all alike, of pixels 0 to 255 over 255")
+        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all equal, of pixels 0 to 255 over 255")
     data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
     weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
     cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"
