@@ -1,158 +1,204 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = ["keras==3.15.1", "numpy==2.4.6", "psutil==7.2.2", "tensorflow==2.21.0"]
+# dependencies = [
+#     "keras==3.15.1",
+#     "numpy==2.4.6",
+#     "psutil==7.2.2",
+#     "tensorflow==2.21.0",
+# ]
 # ///
-"""Time ten rounds of batch prediction in one process: in each round it predicts a batch for every physical core.
+"""Time ten rounds of batch prediction in one process, which takes one batch after the other.
 
-The serial side of benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing", which shows no code for it. The process is serial; TensorFlow is not: it uses several threads.
-Appends the run to results.jsonl if all answers agree and 90 % are right. Not for notebooks: it ends its own process.
+Benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
+multiprocessing". In every round the process classifies the test images once for every core. Only
+Python is serial: TensorFlow may use several threads. The article shows no code for this side.
 
-    python train_model.py  # once; leaves /tmp/model.keras and /tmp/mnist.npz
+    python train_model.py  # once: makes the model and fetches the data
     python bench_serial.py
+
+Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
+The call is the article's, but for tf.data's autotuner: see without_autotuner().
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up counts from here: the imports below are part of it.
+STARTED = time.perf_counter()  # Set-up counts from here; the imports below are a part of it.
 import argparse
-import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
-import signal
 import sys
-from importlib.metadata import version
+import zipfile
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-# Whatever the user's environment says. No GPU: this is about processor cores.
-os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"}
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "0"}
-os.environ |= {"KERAS_NNX_ENABLED": "false", "TF_XLA_FLAGS": ""}
-VERSIONS = {name: version(name) for name in ("keras", "numpy", "tensorflow")}
+# Before TensorFlow is imported; whatever the user exports for other programs.
+SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Errors only.
+}
+os.environ.update(SETTINGS)
+
+PACKAGES = ["keras", "numpy", "tensorflow"]
 
 
 def main():
-    arguments = parse_arguments(argparse.ArgumentParser(description="Time batch prediction in one process."))
-    cores = physical_cores()[: arguments.num_cpus]
-    if sys.platform == "linux":  # The cores that the parallel scripts use, with their hyper-threads.
-        used = [cpu for cpu in psutil.Process().cpu_affinity() if core_of(cpu) in map(core_of, cores)]
-        psutil.Process().cpu_affinity(used)
-    predict = load(arguments.model, arguments.data, arguments.mode)
-    predict()  # The first call traces the model.
+    parser = argparse.ArgumentParser(description="Time batch prediction in one process.")
+    arguments = parse_arguments(parser)
+
+    cores = physical_cores(arguments.num_cpus)
+    import tensorflow as tf  # Here: a mistyped argument does not wait for it.
+
+    if sys.platform == "linux":
+        psutil.Process().cpu_affinity(cores)  # Those that the parallel scripts use.
+    model = tf.keras.models.load_model(arguments.model)
+    mnist = dict(np.load(arguments.data))  # All four arrays, as mnist.load_data() reads them.
+    x_test = mnist["x_test"] / 255.0
+    if not arguments.array:
+        x_test = without_autotuner(x_test)
+    # Not timed: starting, loading, and the first call, which traces the model.
+    model.predict(x_test, verbose=0)
     setup_seconds = time.perf_counter() - STARTED
 
     round_seconds = []
     answers = []
-    cpu_seconds = 0
     for _ in range(arguments.rounds):
-        cpu_start = time.process_time()
         start = time.perf_counter()
-        results = [predict() for _ in cores]
+        results = [model.predict(x_test, verbose=0) for core in cores]
         round_seconds.append(time.perf_counter() - start)
-        cpu_seconds += time.process_time() - cpu_start
-        answers += [np.argmax(result, axis=1) for result in results]
+        answers += [np.argmax(result, axis=1).astype("uint8") for result in results]
         print(f"round {len(round_seconds)}: {round_seconds[-1]:.3f} s", flush=True)
 
-    record(arguments, "serial", len(cores), setup_seconds, round_seconds, answers, cpu_seconds=cpu_seconds)
-    end(0)
+    record(arguments, "serial", setup_seconds, round_seconds, answers)
 
 
 # From here on: the same in all bench scripts.
-def load(filename, datafile, mode):
-    """Load the model and the test images; return a function that predicts: () -> class scores (10000, 10)."""
-    import tensorflow as tf  # Here, not at the top: it takes seconds, and only the processes that predict need it.
 
-    tf.get_logger().setLevel("ERROR")  # It warns of a model that is traced in every call: that is what we measure.
-    model = tf.keras.models.load_model(filename)
-    x_test = dict(np.load(datafile))["x_test"] / 255.0  # All arrays are read, as by the article's mnist.load_data().
-    if mode == "predict_array":  # The article's call. It can end 0.3 s late: Keras waits for tf.data's autotuner.
-        return lambda: model.predict(x_test, verbose=0)
-    images = tf.constant(x_test, "float32")  # Keras would convert float64 in every call.
-    if mode == "predict_on_batch":  # One step for all images: little but arithmetic.
-        return lambda: model.predict_on_batch(images)
+
+def physical_cores(count=None):
+    """Return one CPU of each physical core that this process may use, or of the first `count`.
+
+    A container's CPU quota (cgroup v2) is heeded: with a quota of two cores, two are returned.
+    SystemExit: there are fewer than `count`.
+    """
+    if sys.platform == "linux":
+        allowed = sorted(psutil.Process().cpu_affinity())
+    else:
+        allowed = range(psutil.cpu_count(logical=False) or 1)
+
+    first_cpu = {}
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core = siblings.read_text() if siblings.exists() else cpu
+        first_cpu.setdefault(core, cpu)
+    cores = list(first_cpu.values())
+
+    cpu_max = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" means two cores.
+    if cpu_max.exists() and not cpu_max.read_text().startswith("max"):
+        quota, period = map(int, cpu_max.read_text().split())
+        cores = cores[: max(1, quota // period)]
+
+    if count is None:
+        return cores
+    if not 1 <= count <= len(cores):
+        sys.exit(f"--num-cpus {count}: this process may use 1 to {len(cores)} physical cores")
+    return cores[:count]
+
+
+def without_autotuner(x_test):
+    """Return the batches that model.predict() makes of an array, as a Dataset.
+
+    With an array comes tf.data's autotuner. On a pinned core, a call can wait for it at its end
+    for as long as the call itself has taken. For a Dataset it can be switched off.
+    """
+    import tensorflow as tf
+
     options = tf.data.Options()
     options.autotune.enabled = False
-    batches = tf.data.Dataset.from_tensor_slices(images).batch(32).with_options(options)  # 313 steps, as in Keras.
-    return lambda: model.predict(batches, verbose=0)
-
-
-def physical_cores():
-    """Return one CPU for each physical core that this process may use, sorted, within a container's CPU quota."""
-    if not hasattr(psutil.Process, "cpu_affinity"):  # macOS
-        return list(range(psutil.cpu_count(logical=False) or 1))
-    cores = sorted({core_of(cpu): cpu for cpu in psutil.Process().cpu_affinity()}.values())
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores[: max(1, int(quota) // int(period))]
-    except (OSError, ValueError):  # No such file, or "max": no quota.
-        return cores
-
-
-def core_of(cpu):
-    """Return a key that the CPUs (hyper-threads) of one physical core share; each CPU's own, if that is unknown."""
-    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    return siblings.read_text() if siblings.exists() else cpu
+    images = tf.data.Dataset.from_tensor_slices(tf.constant(x_test, "float32"))
+    return images.batch(32).with_options(options)
 
 
 def parse_arguments(parser):
-    """Add the flags that all scripts have, and parse. From here on exceptions and signals end the script by end()."""
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default %(default)s")
-    parser.add_argument("--num-cpus", type=int, choices=range(1, len(physical_cores()) + 1), metavar="N", help="or all")
-    parser.add_argument("--mode", choices=["predict", "predict_array", "predict_on_batch"], default="predict")
-    parser.add_argument("--model", default="/tmp/model.keras", metavar="FILE", help="default %(default)s")
-    parser.add_argument("--data", default="/tmp/mnist.npz", metavar="FILE", help="default %(default)s")
-    parser.add_argument("--output", type=argparse.FileType("a"), default="results.jsonl", help="default %(default)s")
+    """Add the flags that all bench scripts have; parse them, and check them."""
+    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--num-cpus", type=int, help="physical cores to use; default: all")
+    parser.add_argument("--array", action="store_true", help="let model.predict() autotune")
+    parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
+    parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
+    parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or not arguments.model.endswith(".keras"):
-        parser.error("--rounds must be at least 1, and --model must name a .keras file")
 
-    def explain(kind, error, traceback):
-        # Errors of Ray's workers end with a traceback. What Keras says after its first sentence can be unsafe advice.
-        sentences = str(error).strip().replace("\n", ". ").split(". ")
-        cause = next((sentence for sentence in reversed(sentences) if "Error: " in sentence), sentences[0])
-        files = f"model {arguments.model}, data {arguments.data}, output {arguments.output.name}"
-        end(1, f"{kind.__name__}: {cause} ({files}; train_model.py makes fitting ones, python -X dev tells more)\n")
-
-    sys.excepthook = sys.excepthook if sys.flags.dev_mode else explain
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: end(128 + signum))  # 130 or 143, and no traceback
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    for file in (arguments.model, arguments.data):
+        if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
+            parser.error(f"{file} is missing or damaged: run train_model.py")
+    try:
+        open(arguments.output, "a").close()
+    except OSError as error:  # Now, not after the run.
+        parser.error(f"cannot write the results: {error}")
     return arguments
 
 
-def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers, **more):
-    """Check the answers, which are the labels (10000,) of every batch; append the record of the run to the output."""
+def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
+    """Check the answers, which are the labels (images,) of every batch, and record the run.
+
+    Append a line of JSON to the output. SystemExit: there are wrong answers; nothing is recorded.
+    """
     mnist = np.load(arguments.data)
-    labels = np.array(answers, np.uint8)
-    accuracy = np.mean(labels == mnist["y_test"].ravel())
-    if accuracy < 0.9 or (labels != labels[0]).any():
-        raise ValueError(f"wrong answers: {accuracy:.1%} right; needed: 90 %, all equal, of pixels 0 to 255 over 255")
-    data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
-    weights = np.load(arguments.model)["model.weights.h5"]  # It reads any zip archive. The rest contains a date.
-    cpuinfo = "".join(path.read_text() for path in Path("/proc").glob("cpuinfo")) or f"model name: {os.uname().machine}"
-    names = dict.fromkeys(re.findall("(?m)^(?:model name|CPU implementer|CPU part).*: (.*)", cpuinfo))  # ARM has two.
-    fields = {"approach": approach, "mode": arguments.mode, "num_cpus": num_cpus, "accuracy": accuracy}
-    fields |= {"nodes": 1, "cluster": False, "restarts": 0, "start_method": None, "cpu_seconds": None} | more
-    fields |= {"time": time.time(), "setup_seconds": setup_seconds, "round_seconds": round_seconds}
-    fields |= {"labels": hashlib.sha256(labels[0]).hexdigest(), "model": hashlib.sha256(weights).hexdigest()}
-    fields |= {"data": hashlib.sha256(data).hexdigest(), "versions": VERSIONS | {"python": sys.version.split()[0]}}
-    fields |= {"machine": f"{' '.join(names)}, {psutil.cpu_count(logical=False)} physical cores, {os.uname().sysname}"}
-    print(json.dumps(fields), file=arguments.output, flush=True)
-    print(f"{approach}: {sum(round_seconds):.3f} s, set-up {setup_seconds:.1f} s, {accuracy:.1%} right", flush=True)
+    if not all(np.array_equal(labels, answers[0]) for labels in answers):
+        sys.exit("not recorded: the answers differ between workers or between rounds")
+    accuracy = np.mean(answers[0] == mnist["y_test"])
+    if accuracy < 0.9:
+        sys.exit(
+            f"not recorded: {accuracy:.1%} of the answers are right, fewer than 90 %. Was "
+            f"{arguments.model} trained on {arguments.data}, and are its pixels 0 to 255?"
+        )
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model_name = re.search(r"model name\s*: (.*)", cpuinfo)  # ARM has none.
+    processor = model_name[1] if model_name else platform.machine()
+    physical = psutil.cpu_count(logical=False)
+    cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
+    distribution = packages_distributions()  # TensorFlow's can be tensorflow-cpu.
+
+    run = {
+        "approach": approach,
+        "num_cpus": len(answers) // len(round_seconds),
+        "array": arguments.array,
+        "time": time.time(),
+        "setup_seconds": setup_seconds,
+        "round_seconds": round_seconds,
+        "accuracy": accuracy,
+        "labels": digest(answers[0]),
+        "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
+        "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
+        "machine": f"{processor}, {cores}, {sys.platform}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(distribution[name][0]) for name in PACKAGES},
+        },
+        **details,
+    }
+    with open(arguments.output, "a") as output:
+        # Begin with a line of its own, even where the last record was cut off.
+        print("", json.dumps(run), sep="\n", file=output)
+    seconds = sum(round_seconds)
+    print(
+        f"{approach}: {seconds:.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right"
+    )
 
 
-def end(status, message=""):
-    """Kill all processes that this script has started, and leave. A clean shutdown of a pool or of Ray can hang."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # It has just ended.
-            process.kill()
-    with contextlib.suppress(OSError):  # stderr may be closed.
-        os.write(2, message.encode())
-    os._exit(status)
+def digest(*parts):
+    """Return the SHA-256 of the bytes of all parts. A file's would differ by the dates in it."""
+    return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
 if __name__ == "__main__":
