@@ -7,23 +7,29 @@
 #     "tensorflow==2.21.0",
 # ]
 # ///
-"""Time ten rounds of batch prediction by a multiprocessing.Pool, whose function is stateless.
+"""Time ten rounds of batch prediction with multiprocessing.Pool and a stateless function.
 
-Benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing". In every round each core classifies the test images. Every call loads the model.
-With --initializer every worker loads it once: the article names this way, but shows no code.
+This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
+without Python multiprocessing". In each round, every core classifies all test images. By default
+each call loads the model and the data again. With --initializer each worker loads them once: the
+article mentions this way, but gives no code for it.
 
     python train_model.py                          # once: makes the model and fetches the data
     python bench_multiprocessing.py                # load in every call
     python bench_multiprocessing.py --initializer  # load once
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-The call is the article's, but for tf.data's autotuner: see without_autotuner().
+What differs from the article:
+- The data come from a file, not from mnist.load_data().
+- Before the clock starts, the pool has done one round.
+- A worker keeps to a physical core with all its threads, not with its first thread alone.
+- If a worker dies, the script ends; pool.map() would wait forever.
+- tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up counts from here; the imports below are a part of it.
+STARTED = time.perf_counter()  # Set-up begins here and includes the imports below.
 import argparse
 import contextlib
 import hashlib
@@ -41,11 +47,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-# Before TensorFlow is imported; whatever the user exports for other programs.
+# These must be set before TensorFlow is imported. They override the user's environment.
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # Errors only.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only.
 }
 os.environ.update(SETTINGS)
 
@@ -53,13 +59,13 @@ PACKAGES = ["keras", "numpy", "tensorflow"]
 
 
 def evaluate_next_batch(filename, datafile, array, core):
-    import tensorflow as tf  # Here: after a fork, a TensorFlow that has run in the parent can hang.
+    import tensorflow as tf  # Only the workers need it, and it must not run before a fork.
 
-    tf.get_logger().setLevel("ERROR")  # It warns of a model that is traced in every call.
-    # A core for each call: TensorFlow's threads would compete for all of them.
+    tf.get_logger().setLevel("ERROR")  # It warns that the model is traced again in every call.
+    # Pin each call to one core. Otherwise the threads of all the TensorFlows compete.
     pin(core)
     model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))  # All four arrays, as mnist.load_data() reads them.
+    mnist = dict(np.load(datafile))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
     if not array:
         x_test = without_autotuner(x_test)
@@ -68,10 +74,11 @@ def evaluate_next_batch(filename, datafile, array, core):
 
 
 def initialize(filename, datafile, array, cores, barrier):
-    global model, x_test  # They stay in the worker, for all its calls.
+    global model, x_test  # The worker keeps them between its calls.
     import tensorflow as tf
 
-    pin(cores[barrier.wait()])  # The barrier gives every worker a number of its own.
+    number = barrier.wait()  # 0, 1, 2, ...: each worker gets another one.
+    pin(cores[number])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))
     x_test = mnist["x_test"] / 255.0
@@ -80,12 +87,13 @@ def initialize(filename, datafile, array, cores, barrier):
     barrier.wait()  # No worker takes a batch before all have loaded.
 
 
-def evaluate_next_batch_loaded(core):  # The worker is on its core already.
+def evaluate_next_batch_loaded(core):
+    # The worker is on a core of its own already, whichever core is named here.
     return model.predict(x_test, verbose=0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time batch prediction by a multiprocessing.Pool.")
+    parser = argparse.ArgumentParser(description="Time batch prediction with a pool of processes.")
     parser.add_argument("--initializer", action="store_true", help="load once in every worker")
     arguments = parse_arguments(parser)
 
@@ -93,14 +101,16 @@ def main():
     inputs = arguments.model, arguments.data, arguments.array
     if arguments.initializer:
         approach = "multiprocessing+initializer"
-        pool = Pool(len(cores), initialize, (*inputs, cores, Barrier(len(cores))))
         evaluate = evaluate_next_batch_loaded
+        pool = Pool(len(cores), initialize, (*inputs, cores, Barrier(len(cores))))
     else:
         approach = "multiprocessing"
-        pool = Pool(len(cores))
         evaluate = partial(evaluate_next_batch, *inputs)
+        pool = Pool(len(cores))
     workers = active_children()
-    # Not timed: starting, importing; with --initializer also loading, and tracing the model.
+
+    # One round before the clock starts. It waits for the workers to import TensorFlow and, with
+    # --initializer, to load; these workers also trace their models in it.
     pool_map(pool, workers, evaluate, cores)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -118,24 +128,25 @@ def main():
 
 
 def pool_map(pool, workers, function, cores):
-    """Do as pool.map(), but end if a worker has died: pool.map() would wait for ever."""
+    """Return what pool.map(function, cores) returns, or exit if one of the workers has died."""
     results = pool.map_async(function, cores)
     while not results.ready():
-        results.wait(timeout=1)
+        results.wait(timeout=1)  # Returns as soon as the results are there.
         for worker in workers:
             if worker.exitcode is not None:
                 print(f"a worker has died, exit code {worker.exitcode}", file=sys.stderr)
                 for survivor in active_children():
                     survivor.kill()
-                os._exit(1)  # sys.exit() could wait for a lock that the dead worker held.
+                # A normal exit can wait forever for a lock of the dead worker: 3 of 8 tries did.
+                os._exit(1)
     return results.get()
 
 
 def pin(core):
-    """Keep this process, with all its threads, on one CPU: on Linux only, as in the article.
+    """Keep this process, with all its threads, on one CPU. Does nothing where that is impossible.
 
-    A pool's worker can get another core in its next call: the threads that TensorFlow has started
-    by then have to follow.
+    Linux pins threads one by one, and threads that already run stay where they are. A pool's
+    worker can get another core in its next call, when TensorFlow's threads run already.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -143,14 +154,14 @@ def pin(core):
                 psutil.Process(thread.id).cpu_affinity([core])
 
 
-# From here on: the same in all bench scripts.
+# Everything below is the same in all bench scripts.
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of the first `count`.
 
-    A container's CPU quota (cgroup v2) is heeded: with a quota of two cores, two are returned.
-    SystemExit: there are fewer than `count`.
+    A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
+    Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -160,7 +171,7 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu
+        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -177,10 +188,10 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return the batches that model.predict() makes of an array, as a Dataset.
+    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
 
-    With an array comes tf.data's autotuner. On a pinned core, a call can wait for it at its end
-    for as long as the call itself has taken. For a Dataset it can be switched off.
+    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
+    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
     """
     import tensorflow as tf
 
@@ -191,10 +202,10 @@ def without_autotuner(x_test):
 
 
 def parse_arguments(parser):
-    """Add the flags that all bench scripts have; parse them, and check them."""
+    """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="physical cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="let model.predict() autotune")
+    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
+    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -206,16 +217,16 @@ def parse_arguments(parser):
         if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
             parser.error(f"{file} is missing or damaged: run train_model.py")
     try:
-        open(arguments.output, "a").close()
-    except OSError as error:  # Now, not after the run.
+        open(arguments.output, "a").close()  # It is better to fail now than after the run.
+    except OSError as error:
         parser.error(f"cannot write the results: {error}")
     return arguments
 
 
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
-    """Check the answers, which are the labels (images,) of every batch, and record the run.
+    """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    Append a line of JSON to the output. SystemExit: there are wrong answers; nothing is recorded.
+    answers: for every batch of every round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -232,7 +243,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     processor = model_name[1] if model_name else platform.machine()
     physical = psutil.cpu_count(logical=False)
     cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
-    distribution = packages_distributions()  # TensorFlow's can be tensorflow-cpu.
+    distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
 
     run = {
         "approach": approach,
@@ -248,13 +259,12 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "machine": f"{processor}, {cores}, {sys.platform}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(distribution[name][0]) for name in PACKAGES},
+            **{name: version(distributions[name][0]) for name in PACKAGES},
         },
         **details,
     }
     with open(arguments.output, "a") as output:
-        # Begin with a line of its own, even where the last record was cut off.
-        print("", json.dumps(run), sep="\n", file=output)
+        print(json.dumps(run), file=output)
     seconds = sum(round_seconds)
     print(
         f"{approach}: {seconds:.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right"
@@ -262,7 +272,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the bytes of all parts. A file's would differ by the dates in it."""
+    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -8,22 +8,26 @@
 #     "tensorflow==2.21.0",
 # ]
 # ///
-"""Time ten rounds of batch prediction by Ray actors: stateful workers, which load the model once.
+"""Time ten rounds of batch prediction with Ray actors: stateful workers, which load only once.
 
-Benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing". In every round each actor, on a core of its own, classifies the test images.
+This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
+without Python multiprocessing". In each round, every actor classifies all test images.
 
     python train_model.py               # once: makes the model and fetches the data
     python bench_ray.py                 # on a private Ray, which ends with the script
     python bench_ray.py --address auto  # on a running cluster, an actor for each of its CPUs
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-The call is the article's, but for tf.data's autotuner: see without_autotuner().
+What differs from the article:
+- The data come from a file, not from mnist.load_data().
+- Before the clock starts, every actor has loaded and has answered once.
+- An actor keeps to a physical core with all its threads, not with its first thread alone.
+- tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up counts from here; the imports below are a part of it.
+STARTED = time.perf_counter()  # Set-up begins here and includes the imports below.
 import argparse
 import contextlib
 import hashlib
@@ -42,37 +46,37 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-# Before TensorFlow and Ray are imported; whatever the user exports for other programs.
+# These must be set before Ray and TensorFlow are imported. They override the user's environment.
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # Errors only.
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, Ray would start its workers by uv.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # A private Ray listens on loopback alone.
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # `ray job submit` may have set a working directory.
-    "RAY_USAGE_STATS_ENABLED": "0",  # Sends nothing.
-    "RAY_worker_niceness": "0",  # The priority of a pool's workers; Ray's default is lower.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Do not start workers by `uv run` if this script was.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too, keep a private Ray on 127.0.0.1.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # Our working directory, not that of `ray job submit`.
+    "RAY_USAGE_STATS_ENABLED": "0",  # Send nothing.
+    "RAY_worker_niceness": "0",  # The same priority as a pool's workers; Ray's default is lower.
 }
 os.environ.update(SETTINGS)
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PACKAGES = ["keras", "numpy", "ray", "tensorflow"]
-SETUP_TIMEOUT = 600  # seconds; Ray would wait for ever if no CPU of a cluster were free
 QUIET = {"log_to_driver": False, "logging_level": "error"}
+SETUP_TIMEOUT = 600  # seconds; if no CPU of a cluster is free, Ray waits forever
 
 
-# Ray restarts an actor that has died and repeats its batch: that round takes longer.
+# Ray restarts an actor that has died and repeats its batch. That round takes longer.
 @ray.remote(num_cpus=1, max_restarts=10, max_task_retries=-1)
 class Model:
     def __init__(self, i, filename, datafile, array):
-        import tensorflow as tf  # Here: the script itself does without, and starts sooner.
+        import tensorflow as tf  # Only the workers need it.
 
-        # A core for each actor: TensorFlow's threads would compete for all of them.
+        # Pin each actor to one core. Otherwise the threads of all the TensorFlows compete.
         cores = physical_cores()
-        pin(cores[i % len(cores)])
+        pin(cores[i % len(cores)])  # A node of a cluster may have more actors than cores.
         self.model = tf.keras.models.load_model(filename)
-        mnist = dict(np.load(datafile))  # All four arrays, as mnist.load_data() reads them.
+        mnist = dict(np.load(datafile))  # Reads all four arrays, as mnist.load_data() does.
         self.x_test = mnist["x_test"] / 255.0
         if not array:
             self.x_test = without_autotuner(self.x_test)
@@ -83,8 +87,8 @@ class Model:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time batch prediction by Ray actors.")
-    default = os.environ.get("RAY_ADDRESS", "local")
+    parser = argparse.ArgumentParser(description="Time batch prediction with Ray actors.")
+    default = os.environ.get("RAY_ADDRESS") or "local"
     parser.add_argument("--address", default=default, help="of a cluster; default: %(default)s")
     arguments = parse_arguments(parser)
 
@@ -92,12 +96,13 @@ def main():
     if cluster:
         actors, nodes = start_on_cluster(arguments)
     else:
+        nodes = 1
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init("local", num_cpus=num_cpus, include_dashboard=False, **QUIET)
-        inputs = arguments.model, arguments.data, arguments.array
-        actors = [Model.remote(i, *inputs) for i in range(num_cpus)]
-        nodes = 1
-    # Not timed: starting, loading, and the first call, which traces the model.
+        files = arguments.model, arguments.data
+        actors = [Model.remote(i, *files, arguments.array) for i in range(num_cpus)]
+
+    # One round before the clock starts. It waits for the actors to load, and traces their models.
     ray.get([actor.evaluate_next_batch.remote() for actor in actors], timeout=SETUP_TIMEOUT)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -116,20 +121,20 @@ def main():
 def start_on_cluster(arguments):
     """Connect to a running cluster, and start an actor for each CPU that its nodes advertise.
 
-    Nodes advertise hyper-threads, and actors then share cores, unless these are started by
-    `ray start --num-cpus=<physical cores>`. Return the actors and the number of their nodes.
-    SystemExit: nothing answers at the address, or the cluster has too few CPUs.
+    Start the nodes with `ray start --num-cpus=<physical cores>`. By default they advertise
+    hyper-threads, and actors share cores. Returns the actors and the number of their nodes; exits
+    if nothing answers at the address or the cluster has too few CPUs.
     """
     address = arguments.address
     if address != "auto":
-        host, _, port = address.rpartition("/")[2].rpartition(":")
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), port), timeout=15).close()
-        except OSError as error:  # Ray would try for ever.
+        except OSError as error:  # Ray would try forever.
             sys.exit(f"no Ray cluster answers at {address}: {error}")
 
     with tempfile.TemporaryDirectory() as folder:
-        # Ray copies the folder to every node, and runs the actors in it.
+        # Ray copies this folder to every node, and it is the actors' working directory there.
         model = Path(shutil.copy(arguments.model, folder)).name
         data = Path(shutil.copy(arguments.data, folder)).name
         ray.init(address, runtime_env={"working_dir": folder, "env_vars": SETTINGS}, **QUIET)
@@ -144,20 +149,19 @@ def start_on_cluster(arguments):
         sys.exit(f"--num-cpus {num_cpus}: the cluster at {address} has {len(slots)} CPUs")
 
     actors = []
-    nodes = set()
     for node, i in slots[:num_cpus]:
-        on_node = NodeAffinitySchedulingStrategy(node, soft=True)  # Soft: if the node has died,
-        actor = Model.options(scheduling_strategy=on_node)  # the actor restarts on another.
+        # A soft affinity lets the actor restart on another node if this one has died.
+        on_node = NodeAffinitySchedulingStrategy(node, soft=True)
+        actor = Model.options(scheduling_strategy=on_node)
         actors.append(actor.remote(i, model, data, arguments.array))
-        nodes.add(node)
-    return actors, len(nodes)
+    return actors, len({node for node, _ in slots[:num_cpus]})
 
 
 def pin(core):
-    """Keep this process, with all its threads, on one CPU: on Linux only, as in the article.
+    """Keep this process, with all its threads, on one CPU. Does nothing where that is impossible.
 
-    A pool's worker can get another core in its next call: the threads that TensorFlow has started
-    by then have to follow.
+    Linux pins threads one by one, and threads that already run stay where they are. A pool's
+    worker can get another core in its next call, when TensorFlow's threads run already.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -165,14 +169,14 @@ def pin(core):
                 psutil.Process(thread.id).cpu_affinity([core])
 
 
-# From here on: the same in all bench scripts.
+# Everything below is the same in all bench scripts.
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of the first `count`.
 
-    A container's CPU quota (cgroup v2) is heeded: with a quota of two cores, two are returned.
-    SystemExit: there are fewer than `count`.
+    A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
+    Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -182,7 +186,7 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu
+        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -199,10 +203,10 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return the batches that model.predict() makes of an array, as a Dataset.
+    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
 
-    With an array comes tf.data's autotuner. On a pinned core, a call can wait for it at its end
-    for as long as the call itself has taken. For a Dataset it can be switched off.
+    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
+    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
     """
     import tensorflow as tf
 
@@ -213,10 +217,10 @@ def without_autotuner(x_test):
 
 
 def parse_arguments(parser):
-    """Add the flags that all bench scripts have; parse them, and check them."""
+    """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="physical cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="let model.predict() autotune")
+    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
+    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -228,16 +232,16 @@ def parse_arguments(parser):
         if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
             parser.error(f"{file} is missing or damaged: run train_model.py")
     try:
-        open(arguments.output, "a").close()
-    except OSError as error:  # Now, not after the run.
+        open(arguments.output, "a").close()  # It is better to fail now than after the run.
+    except OSError as error:
         parser.error(f"cannot write the results: {error}")
     return arguments
 
 
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
-    """Check the answers, which are the labels (images,) of every batch, and record the run.
+    """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    Append a line of JSON to the output. SystemExit: there are wrong answers; nothing is recorded.
+    answers: for every batch of every round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -254,7 +258,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     processor = model_name[1] if model_name else platform.machine()
     physical = psutil.cpu_count(logical=False)
     cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
-    distribution = packages_distributions()  # TensorFlow's can be tensorflow-cpu.
+    distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
 
     run = {
         "approach": approach,
@@ -270,13 +274,12 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "machine": f"{processor}, {cores}, {sys.platform}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(distribution[name][0]) for name in PACKAGES},
+            **{name: version(distributions[name][0]) for name in PACKAGES},
         },
         **details,
     }
     with open(arguments.output, "a") as output:
-        # Begin with a line of its own, even where the last record was cut off.
-        print("", json.dumps(run), sep="\n", file=output)
+        print(json.dumps(run), file=output)
     seconds = sum(round_seconds)
     print(
         f"{approach}: {seconds:.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right"
@@ -284,7 +287,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the bytes of all parts. A file's would differ by the dates in it."""
+    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -9,20 +9,21 @@
 # ///
 """Time ten rounds of batch prediction in one process, which takes one batch after the other.
 
-Benchmark 3, "expensive initialization", of "10x faster parallel Python without Python
-multiprocessing". In every round the process classifies the test images once for every core. Only
-Python is serial: TensorFlow may use several threads. The article shows no code for this side.
+This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
+without Python multiprocessing". In each round, the process classifies all test images once for
+every core. Only Python is serial: TensorFlow may use several threads. The article shows no code
+for this side.
 
-    python train_model.py  # once: makes the model and fetches the data
+    python train_model.py   # once: makes the model and fetches the data
     python bench_serial.py
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-The call is the article's, but for tf.data's autotuner: see without_autotuner().
+tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up counts from here; the imports below are a part of it.
+STARTED = time.perf_counter()  # Set-up begins here and includes the imports below.
 import argparse
 import hashlib
 import json
@@ -37,11 +38,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-# Before TensorFlow is imported; whatever the user exports for other programs.
+# These must be set before TensorFlow is imported. They override the user's environment.
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # Errors only.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only.
 }
 os.environ.update(SETTINGS)
 
@@ -51,18 +52,19 @@ PACKAGES = ["keras", "numpy", "tensorflow"]
 def main():
     parser = argparse.ArgumentParser(description="Time batch prediction in one process.")
     arguments = parse_arguments(parser)
-
     cores = physical_cores(arguments.num_cpus)
-    import tensorflow as tf  # Here: a mistyped argument does not wait for it.
+
+    import tensorflow as tf  # Not at the top: a mistyped argument is told without it.
 
     if sys.platform == "linux":
         psutil.Process().cpu_affinity(cores)  # Those that the parallel scripts use.
     model = tf.keras.models.load_model(arguments.model)
-    mnist = dict(np.load(arguments.data))  # All four arrays, as mnist.load_data() reads them.
+    mnist = dict(np.load(arguments.data))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
     if not arguments.array:
         x_test = without_autotuner(x_test)
-    # Not timed: starting, loading, and the first call, which traces the model.
+
+    # One call before the clock starts: the first one also traces the model.
     model.predict(x_test, verbose=0)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -78,14 +80,14 @@ def main():
     record(arguments, "serial", setup_seconds, round_seconds, answers)
 
 
-# From here on: the same in all bench scripts.
+# Everything below is the same in all bench scripts.
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of the first `count`.
 
-    A container's CPU quota (cgroup v2) is heeded: with a quota of two cores, two are returned.
-    SystemExit: there are fewer than `count`.
+    A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
+    Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -95,7 +97,7 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu
+        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -112,10 +114,10 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return the batches that model.predict() makes of an array, as a Dataset.
+    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
 
-    With an array comes tf.data's autotuner. On a pinned core, a call can wait for it at its end
-    for as long as the call itself has taken. For a Dataset it can be switched off.
+    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
+    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
     """
     import tensorflow as tf
 
@@ -126,10 +128,10 @@ def without_autotuner(x_test):
 
 
 def parse_arguments(parser):
-    """Add the flags that all bench scripts have; parse them, and check them."""
+    """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="physical cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="let model.predict() autotune")
+    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
+    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -141,16 +143,16 @@ def parse_arguments(parser):
         if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
             parser.error(f"{file} is missing or damaged: run train_model.py")
     try:
-        open(arguments.output, "a").close()
-    except OSError as error:  # Now, not after the run.
+        open(arguments.output, "a").close()  # It is better to fail now than after the run.
+    except OSError as error:
         parser.error(f"cannot write the results: {error}")
     return arguments
 
 
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
-    """Check the answers, which are the labels (images,) of every batch, and record the run.
+    """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    Append a line of JSON to the output. SystemExit: there are wrong answers; nothing is recorded.
+    answers: for every batch of every round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -167,7 +169,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     processor = model_name[1] if model_name else platform.machine()
     physical = psutil.cpu_count(logical=False)
     cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
-    distribution = packages_distributions()  # TensorFlow's can be tensorflow-cpu.
+    distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
 
     run = {
         "approach": approach,
@@ -183,13 +185,12 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "machine": f"{processor}, {cores}, {sys.platform}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(distribution[name][0]) for name in PACKAGES},
+            **{name: version(distributions[name][0]) for name in PACKAGES},
         },
         **details,
     }
     with open(arguments.output, "a") as output:
-        # Begin with a line of its own, even where the last record was cut off.
-        print("", json.dumps(run), sep="\n", file=output)
+        print(json.dumps(run), file=output)
     seconds = sum(round_seconds)
     print(
         f"{approach}: {seconds:.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right"
@@ -197,7 +198,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the bytes of all parts. A file's would differ by the dates in it."""
+    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
