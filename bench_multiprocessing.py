@@ -19,12 +19,12 @@ article mentions this way, but gives no code for it.
     python bench_multiprocessing.py --initializer  # load once
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-What differs from the article:
+What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Before the clock starts, the pool has done one round.
-- A worker keeps to a physical core with all its threads, not with its first thread alone.
-- If a worker dies, the script ends; pool.map() would wait forever.
-- tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
+- A worker keeps to a physical core with all its threads, also those that run already.
+- predict() gets a Dataset without the autotuner, see without_autotuner(), instead of the array.
+  With --array it gets the array.
 """
 
 import time
@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -55,20 +56,20 @@ SETTINGS = {
 }
 os.environ.update(SETTINGS)
 
-PACKAGES = ["keras", "numpy", "tensorflow"]
+PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
+logging.getLogger("tensorflow").setLevel("ERROR")  # It warns of tracing a model in every call.
 
 
 def evaluate_next_batch(filename, datafile, array, core):
     import tensorflow as tf  # Only the workers need it, and it must not run before a fork.
 
-    tf.get_logger().setLevel("ERROR")  # It warns that the model is traced again in every call.
     # Pin each call to one core. Otherwise the threads of all the TensorFlows compete.
-    pin(core)
+    pin([core])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
     if not array:
-        x_test = without_autotuner(x_test)
+        x_test = without_autotuner(x_test)  # a Dataset from now on
     # Always the same images; an application would get new ones.
     return model.predict(x_test, verbose=0)
 
@@ -77,18 +78,18 @@ def initialize(filename, datafile, array, cores, barrier):
     global model, x_test  # The worker keeps them between its calls.
     import tensorflow as tf
 
-    number = barrier.wait()  # 0, 1, 2, ...: each worker gets another one.
-    pin(cores[number])
+    number = barrier.wait()  # 0, 1, 2, ...: it differs between workers; arguments cannot.
+    pin([cores[number]])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))
     x_test = mnist["x_test"] / 255.0
     if not array:
         x_test = without_autotuner(x_test)
-    barrier.wait()  # No worker takes a batch before all have loaded.
+    barrier.wait()  # Otherwise the first worker to load would take the batch of another one.
 
 
 def evaluate_next_batch_loaded(core):
-    # The worker is on a core of its own already, whichever core is named here.
+    # The core is not used: initialize() has pinned the worker.
     return model.predict(x_test, verbose=0)
 
 
@@ -109,8 +110,8 @@ def main():
         pool = Pool(len(cores))
     workers = active_children()
 
-    # One round before the clock starts. It waits for the workers to import TensorFlow and, with
-    # --initializer, to load; these workers also trace their models in it.
+    # One round before the clock starts: the workers import TensorFlow. With --initializer they
+    # also load, and predict for the first time.
     pool_map(pool, workers, evaluate, cores)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -129,7 +130,7 @@ def main():
 
 def pool_map(pool, workers, function, cores):
     """Return what pool.map(function, cores) returns, or exit if one of the workers has died."""
-    results = pool.map_async(function, cores)
+    results = pool.map_async(function, cores)  # pool.map() waits forever for a dead worker.
     while not results.ready():
         results.wait(timeout=1)  # Returns as soon as the results are there.
         for worker in workers:
@@ -142,26 +143,25 @@ def pool_map(pool, workers, function, cores):
     return results.get()
 
 
-def pin(core):
-    """Keep this process, with all its threads, on one CPU. Does nothing where that is impossible.
+# Everything below is the same in all bench scripts: change them together.
 
-    Linux pins threads one by one, and threads that already run stay where they are. A pool's
-    worker can get another core in its next call, when TensorFlow's threads run already.
+
+def pin(cpus):
+    """Keep this process, with all its threads, on these CPUs. As in the article, on Linux only.
+
+    Linux pins threads one by one: those that run already would stay where they are.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity([core])
-
-
-# Everything below is the same in all bench scripts.
+                psutil.Process(thread.id).cpu_affinity(cpus)
 
 
 def physical_cores(count=None):
-    """Return one CPU of each physical core that this process may use, or of the first `count`.
+    """Return one CPU for each physical core that this process may use, or for `count` of them.
 
     A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
-    Exits if there are fewer than `count`.
+    Exits if `count` is not between one and the number of cores.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -171,7 +171,9 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
+        core = (
+            siblings.read_text() if siblings.exists() else cpu
+        )  # Hyper-threads of a core share it.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -188,10 +190,11 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
+    """Return a Dataset of the same batches of 32 images that model.predict() makes of an array.
 
-    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
-    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
+    For an array predict() starts tf.data's autotuner. On a pinned core, stopping the autotuner
+    can take as long as the prediction itself. For a Dataset it can be switched off. predict() also
+    makes an array of float64 one of float32 in every call, which is done here instead.
     """
     import tensorflow as tf
 
@@ -204,8 +207,10 @@ def without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
+    parser.add_argument("--num-cpus", type=int, help="workers, one for each core; default: all")
+    parser.add_argument(
+        "--array", action="store_true", help="give predict() the array, as the article does"
+    )
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -226,7 +231,7 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for every batch of every round, the predicted labels, an array of shape (images,).
+    answers: for each call in each round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -247,7 +252,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),
+        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -272,7 +277,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
+    """Return the SHA-256 of the contents. That of a whole file changes with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

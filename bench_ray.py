@@ -18,11 +18,13 @@ without Python multiprocessing". In each round, every actor classifies all test 
     python bench_ray.py --address auto  # on a running cluster, an actor for each of its CPUs
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-What differs from the article:
+What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Before the clock starts, every actor has loaded and has answered once.
-- An actor keeps to a physical core with all its threads, not with its first thread alone.
-- tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
+- An actor keeps to a physical core with all its threads, also those that run already.
+- Its priority is normal, like that of a pool's worker.
+- predict() gets a Dataset without the autotuner, see without_autotuner(), instead of the array.
+  With --array it gets the array.
 """
 
 import time
@@ -51,19 +53,19 @@ SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only.
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Do not start workers by `uv run` if this script was.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too, keep a private Ray on 127.0.0.1.
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # Our working directory, not that of `ray job submit`.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Start workers by Python, even under `uv run`.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Keep a private Ray on 127.0.0.1.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, use our working directory.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send nothing.
-    "RAY_worker_niceness": "0",  # The same priority as a pool's workers; Ray's default is lower.
+    "RAY_worker_niceness": "0",  # Normal priority, like a pool's workers; Ray's default is lower.
 }
 os.environ.update(SETTINGS)
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-PACKAGES = ["keras", "numpy", "ray", "tensorflow"]
+PACKAGES = ["keras", "numpy", "ray", "tensorflow"]  # record() notes their versions.
 QUIET = {"log_to_driver": False, "logging_level": "error"}
-SETUP_TIMEOUT = 600  # seconds; if no CPU of a cluster is free, Ray waits forever
+SETUP_TIMEOUT = 600  # seconds; otherwise Ray waits forever for a free CPU
 
 
 # Ray restarts an actor that has died and repeats its batch. That round takes longer.
@@ -74,12 +76,12 @@ class Model:
 
         # Pin each actor to one core. Otherwise the threads of all the TensorFlows compete.
         cores = physical_cores()
-        pin(cores[i % len(cores)])  # A node of a cluster may have more actors than cores.
+        pin([cores[i % len(cores)]])  # A node of a cluster may have more actors than cores.
         self.model = tf.keras.models.load_model(filename)
         mnist = dict(np.load(datafile))  # Reads all four arrays, as mnist.load_data() does.
         self.x_test = mnist["x_test"] / 255.0
         if not array:
-            self.x_test = without_autotuner(self.x_test)
+            self.x_test = without_autotuner(self.x_test)  # a Dataset from now on
 
     def evaluate_next_batch(self):
         # Always the same images; an application would get new ones.
@@ -89,7 +91,9 @@ class Model:
 def main():
     parser = argparse.ArgumentParser(description="Time batch prediction with Ray actors.")
     default = os.environ.get("RAY_ADDRESS") or "local"
-    parser.add_argument("--address", default=default, help="of a cluster; default: %(default)s")
+    parser.add_argument(
+        "--address", default=default, help="of a running cluster; default: %(default)s"
+    )
     arguments = parse_arguments(parser)
 
     cluster = arguments.address != "local"
@@ -99,10 +103,10 @@ def main():
         nodes = 1
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init("local", num_cpus=num_cpus, include_dashboard=False, **QUIET)
-        files = arguments.model, arguments.data
-        actors = [Model.remote(i, *files, arguments.array) for i in range(num_cpus)]
+        inputs = arguments.model, arguments.data, arguments.array
+        actors = [Model.remote(i, *inputs) for i in range(num_cpus)]
 
-    # One round before the clock starts. It waits for the actors to load, and traces their models.
+    # One round before the clock starts: the actors load, and predict for the first time.
     ray.get([actor.evaluate_next_batch.remote() for actor in actors], timeout=SETUP_TIMEOUT)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -122,8 +126,8 @@ def start_on_cluster(arguments):
     """Connect to a running cluster, and start an actor for each CPU that its nodes advertise.
 
     Start the nodes with `ray start --num-cpus=<physical cores>`. By default they advertise
-    hyper-threads, and actors share cores. Returns the actors and the number of their nodes; exits
-    if nothing answers at the address or the cluster has too few CPUs.
+    hyper-threads, and then actors share cores. Returns the actors and the number of their nodes;
+    exits if nothing answers at the address, or if the cluster has too few CPUs.
     """
     address = arguments.address
     if address != "auto":
@@ -142,41 +146,42 @@ def start_on_cluster(arguments):
     slots = [
         (node["NodeID"], i)
         for node in ray.nodes()
-        for i in range(int(node["Resources"].get("CPU", 0)))  # A dead node has none.
+        for i in range(int(node["Resources"].get("CPU", 0)))  # A dead node has no resources.
     ]
     num_cpus = len(slots) if arguments.num_cpus is None else arguments.num_cpus
     if not 1 <= num_cpus <= len(slots):
-        sys.exit(f"--num-cpus {num_cpus}: the cluster at {address} has {len(slots)} CPUs")
+        sys.exit(
+            f"the cluster at {address} has {len(slots)} CPUs: not enough for {num_cpus} actors"
+        )
 
     actors = []
     for node, i in slots[:num_cpus]:
-        # A soft affinity lets the actor restart on another node if this one has died.
+        # Soft: if the node has died, the actor waits for a free CPU on any other node.
         on_node = NodeAffinitySchedulingStrategy(node, soft=True)
         actor = Model.options(scheduling_strategy=on_node)
         actors.append(actor.remote(i, model, data, arguments.array))
     return actors, len({node for node, _ in slots[:num_cpus]})
 
 
-def pin(core):
-    """Keep this process, with all its threads, on one CPU. Does nothing where that is impossible.
+# Everything below is the same in all bench scripts: change them together.
 
-    Linux pins threads one by one, and threads that already run stay where they are. A pool's
-    worker can get another core in its next call, when TensorFlow's threads run already.
+
+def pin(cpus):
+    """Keep this process, with all its threads, on these CPUs. As in the article, on Linux only.
+
+    Linux pins threads one by one: those that run already would stay where they are.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
             with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity([core])
-
-
-# Everything below is the same in all bench scripts.
+                psutil.Process(thread.id).cpu_affinity(cpus)
 
 
 def physical_cores(count=None):
-    """Return one CPU of each physical core that this process may use, or of the first `count`.
+    """Return one CPU for each physical core that this process may use, or for `count` of them.
 
     A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
-    Exits if there are fewer than `count`.
+    Exits if `count` is not between one and the number of cores.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -186,7 +191,9 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
+        core = (
+            siblings.read_text() if siblings.exists() else cpu
+        )  # Hyper-threads of a core share it.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -203,10 +210,11 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
+    """Return a Dataset of the same batches of 32 images that model.predict() makes of an array.
 
-    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
-    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
+    For an array predict() starts tf.data's autotuner. On a pinned core, stopping the autotuner
+    can take as long as the prediction itself. For a Dataset it can be switched off. predict() also
+    makes an array of float64 one of float32 in every call, which is done here instead.
     """
     import tensorflow as tf
 
@@ -219,8 +227,10 @@ def without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
+    parser.add_argument("--num-cpus", type=int, help="workers, one for each core; default: all")
+    parser.add_argument(
+        "--array", action="store_true", help="give predict() the array, as the article does"
+    )
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -241,7 +251,7 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for every batch of every round, the predicted labels, an array of shape (images,).
+    answers: for each call in each round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -262,7 +272,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),
+        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -287,7 +297,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
+    """Return the SHA-256 of the contents. That of a whole file changes with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

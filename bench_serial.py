@@ -18,13 +18,15 @@ for this side.
     python bench_serial.py
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-tf.data's autotuner is off, see without_autotuner(); --array makes the article's exact call.
+predict() gets a Dataset without the autotuner, see without_autotuner(), instead of the array.
+With --array it gets the array.
 """
 
 import time
 
 STARTED = time.perf_counter()  # Set-up begins here and includes the imports below.
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -46,7 +48,7 @@ SETTINGS = {
 }
 os.environ.update(SETTINGS)
 
-PACKAGES = ["keras", "numpy", "tensorflow"]
+PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 
 
 def main():
@@ -54,17 +56,16 @@ def main():
     arguments = parse_arguments(parser)
     cores = physical_cores(arguments.num_cpus)
 
-    import tensorflow as tf  # Not at the top: a mistyped argument is told without it.
+    import tensorflow as tf  # Not at the top, where a mistyped argument would wait for it.
 
-    if sys.platform == "linux":
-        psutil.Process().cpu_affinity(cores)  # Those that the parallel scripts use.
+    pin(cores)  # TensorFlow's threads may use all cores that the parallel scripts use.
     model = tf.keras.models.load_model(arguments.model)
     mnist = dict(np.load(arguments.data))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
     if not arguments.array:
         x_test = without_autotuner(x_test)
 
-    # One call before the clock starts: the first one also traces the model.
+    # One call before the clock starts: the first one takes longer.
     model.predict(x_test, verbose=0)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -80,14 +81,25 @@ def main():
     record(arguments, "serial", setup_seconds, round_seconds, answers)
 
 
-# Everything below is the same in all bench scripts.
+# Everything below is the same in all bench scripts: change them together.
+
+
+def pin(cpus):
+    """Keep this process, with all its threads, on these CPUs. As in the article, on Linux only.
+
+    Linux pins threads one by one: those that run already would stay where they are.
+    """
+    if sys.platform == "linux":
+        for thread in psutil.Process().threads():
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+                psutil.Process(thread.id).cpu_affinity(cpus)
 
 
 def physical_cores(count=None):
-    """Return one CPU of each physical core that this process may use, or of the first `count`.
+    """Return one CPU for each physical core that this process may use, or for `count` of them.
 
     A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
-    Exits if there are fewer than `count`.
+    Exits if `count` is not between one and the number of cores.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -97,7 +109,9 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else cpu  # The same for hyper-threads.
+        core = (
+            siblings.read_text() if siblings.exists() else cpu
+        )  # Hyper-threads of a core share it.
         first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
@@ -114,10 +128,11 @@ def physical_cores(count=None):
 
 
 def without_autotuner(x_test):
-    """Return a Dataset of the batches of 32 images that model.predict() makes of an array.
+    """Return a Dataset of the same batches of 32 images that model.predict() makes of an array.
 
-    If predict() gets an array, it starts tf.data's autotuner. On a pinned core, stopping the
-    autotuner can take as long as the prediction itself. For a Dataset it can be switched off.
+    For an array predict() starts tf.data's autotuner. On a pinned core, stopping the autotuner
+    can take as long as the prediction itself. For a Dataset it can be switched off. predict() also
+    makes an array of float64 one of float32 in every call, which is done here instead.
     """
     import tensorflow as tf
 
@@ -130,8 +145,10 @@ def without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="how many cores to use; default: all")
-    parser.add_argument("--array", action="store_true", help="give predict() the plain array")
+    parser.add_argument("--num-cpus", type=int, help="workers, one for each core; default: all")
+    parser.add_argument(
+        "--array", action="store_true", help="give predict() the array, as the article does"
+    )
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -152,7 +169,7 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for every batch of every round, the predicted labels, an array of shape (images,).
+    answers: for each call in each round, the predicted labels, an array of shape (images,).
     """
     mnist = np.load(arguments.data)
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
@@ -173,7 +190,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),
+        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -198,7 +215,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
 
 
 def digest(*parts):
-    """Return the SHA-256 of the contents. A zip file's own would change with the dates in it."""
+    """Return the SHA-256 of the contents. That of a whole file changes with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
