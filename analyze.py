@@ -62,7 +62,7 @@ PUBLISHED = {
 
 # What the field `data` of a record says.
 MNIST = "c868f4cc70f1ec2961bd3b26437ea3a5d0e93cba4d95b336c6d475dd9dabb021"
-STAND_IN = "f7c6aaddfd20069bf7362190abf50157f8142991e90907ebc99dc56842a4145d"
+STAND_IN = "2a982b4d28ef60434f194f9fd91b5d8a5d6318f5c063b7fb63b6c83b05ac52d3"
 DATA_NAMES = {
     MNIST: "MNIST",
     STAND_IN: "a synthetic stand-in, NOT MNIST",
