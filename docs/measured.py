@@ -1,372 +1,299 @@
-"""Write all that was measured into README.md and docs/*.md, between `<!-- measured: NAME -->` and `<!-- end -->`.
+"""Write the tables of README.md and docs/*.md from results/, between two comments each.
 
-python docs/measured.py            # from results/; after new measurements; draws results/then-and-now.png, too
-python docs/measured.py --check    # exit status 1 if a page is out of date
+    <!-- measured: NAME -->     the table goes here; TABLES below says what NAME is
+    <!-- end -->
+
+    python docs/measured.py            # write them; draw results/then-and-now.png
+    python docs/measured.py --check    # exit status 1 if a table is out of date
+
+Only tables are written here. The sentences around them are written by people: read them again.
 """
 
 import json
+import re
 import sys
-import textwrap
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
-
 import analyze
-from analyze import INITIALIZER, POOL, RAY, SERIAL, show, table
+from analyze import INITIALIZER, POOL, RAY, SERIAL, compare, markdown_table, three_digits
 
-CLEARED = "multiprocessing+clear_session"
-MODES = ["predict", "predict_array", "predict_on_batch"]
-
-
-# What results/ holds
-
-
-def samples(name, mode, num_cpus=None):
-    """Return {approach: analyze.Sample} of results/NAME in one mode, on num_cpus or the most cores."""
-    trials = [trial for trial in analyze.read([RESULTS / name]) if trial.mode == mode]
-    num_cpus = num_cpus or max(trial.num_cpus for trial in trials)
-    _, refused, compared = analyze.report([trial for trial in trials if trial.num_cpus == num_cpus])
-    assert not refused, refused
-    [here] = compared.values()  # One group, or the file mixes what cannot be compared.
-    return here
-
-
-def where(here):
-    """Return a sentence on the machine, the versions, the data and the day of some samples."""
-    trial = here[RAY].trials[0]
-    data = "MNIST" if trial.data == analyze.MNIST else "NOT MNIST"
-    names = {"python": "Python", "tensorflow": "TensorFlow", "keras": "Keras", "numpy": "NumPy", "ray": "Ray"}
-    versions = ", ".join(f"{names[name]} {trial.versions[name]}" for name in names)
-    return f"{trial.machine}; {versions}; {data}; {time.strftime('%d %B %Y', time.gmtime(trial.time)).lstrip('0')}"
-
-
-def times(sample, other):
-    """Return how many times as long, and the 95 % interval, as text without method and spread."""
-    value, interval, _ = analyze.compare(sample, other)
-    return value.partition(" ±")[0], interval.partition(",")[0]
-
-
-def tens(sample):
-    """Return the seconds of each ten rounds, in order, of a sample's one run."""
-    [rounds] = sample.rounds
-    return rounds.reshape(-1, 10).sum(axis=1)
-
-
-# Blocks
-
-
-def protocol(modes=("predict_array",), approaches=(SERIAL, POOL, CLEARED, INITIALIZER, RAY)):
-    """Return the table of both stacks by the original's protocol: one process, fifty rounds."""
-    rows = []
-    stacks = [("2019", samples("original.jsonl", "predict_array"))]
-    stacks += [(f"today, `{mode}`", samples("fifty.jsonl", mode)) for mode in modes]
-    for stack, here in stacks:
-        of_ray = tens(here[RAY])
-        for name, sample in here.items():
-            if name in approaches:
-                seconds = tens(sample)
-                ratios = [seconds[0] / of_ray[0], seconds[-1] / of_ray[-1], seconds.sum() / of_ray.sum()]
-                rows.append([stack, name, *map(show, seconds), *map(show, ratios)])
-    titles = ["stack", "approach", "rounds 1-10, s", "11-20", "21-30", "31-40", "41-50"]
-    return table([*titles, "first ten / Ray's", "last ten / Ray's", "all / Ray's"], rows)
-
-
-def growth_runs():
-    """Return the runs in results/growth.jsonl, each a list of calls: {(version, variant, calls): [run, ...]}."""
-    runs = {}
-    for line in (RESULTS / "growth.jsonl").read_text().splitlines():
-        call = json.loads(line)
-        runs.setdefault(call["run"], []).append(call)
-    kinds = {}
-    for run in runs.values():
-        variant = ""
-        if run[0]["clear_session"]:
-            variant = "clear_session()"
-        elif run[0]["collect"]:
-            variant = "gc.collect()"
-        elif any("profile" in call for call in run):
-            variant = "profiled"
-        kinds.setdefault((run[0]["tensorflow"], variant, len(run)), []).append(run)
-    return dict(sorted(kinds.items(), key=lambda kind: [int(x) for x in kind[0][0].split(".")]))
-
-
-def growth():
-    """Return the table of what the stateless calls of one process leave behind, version by version."""
-    rows = []
-    for (version, variant, count), runs in growth_runs().items():
-        if variant != "profiled":
-            numbers = [2, 10, 50]
-            if count > 50:
-                fall = 1 + np.argmin(np.diff([call["objects"] for call in runs[0]]))
-                numbers = [fall, fall + 1, count]
-            middle = {
-                name: [np.median([run[number - 1][name] or 0 for run in runs]) for number in numbers]
-                for name in ("operations", "resident_bytes", "objects")
-            }
-            operations = ", ".join(f"{number:.0f}" for number in middle["operations"])
-            if runs[0][0]["operations"] is None:
-                operations = "none to count"
-            row = [version, variant, str(len(runs))]
-            for name in ("load_seconds", "predict_seconds"):
-                second, last = (np.median([run[number - 1][name] for run in runs]) for number in (2, count))
-                row += [show(second), show(last)]
-            megabytes = ", ".join(f"{size / 1e6:.0f}" for size in middle["resident_bytes"])
-            objects = ", ".join(f"{number:.0f}" for number in middle["objects"])
-            rows.append([*row, ", ".join(map(str, numbers)), operations, megabytes, objects])
-    titles = [
-        "TensorFlow",
-        "variant",
-        "runs",
-        "load in call 2, s",
-        "in the last",
-        "predict in call 2, s",
-        "in the last",
-    ]
-    return table([*titles, "after calls", "operations", "MB", "Python objects"], rows)
-
-
-def profile():
-    """Return the table of the profiled calls: in which parts of load_model and of predict their seconds pass."""
-    [[run]] = [runs for (_, variant, _), runs in growth_runs().items() if variant == "profiled"]
-    calls = [call for call in run if "profile" in call]
-    names = {
-        "ExtendSession": "ExtendSession",
-        "Session.run": "TF_SessionRun_wrapper",
-        "making the step": "TF_SessionMakeCallable",
-        "the 313 steps": "TF_SessionRunCallable",
-    }
-    parts = {}
-    for part in ("load_model", "predict"):
-        for name, function in names.items():
-            found = [call["profile"][part].get(function, [0, 0.0]) for call in calls]
-            if any(count for count, _ in found):
-                parts[f"`{part}`: {name} ({found[0][0]} times)"] = [seconds for _, seconds in found]
-        parts[f"`{part}`: the rest"] = [call["other_seconds"][part] for call in calls]
-    parts["reading the data"] = [call["other_seconds"]["data"] for call in calls]
-    rows = [[name, *map(show, seconds), show(seconds[-1] - seconds[0])] for name, seconds in parts.items()]
-    totals = [call["seconds"] for call in calls]
-    more = totals[-1] - totals[0]
-    rows.append(["the whole call, by the clock", *map(show, totals), show(more)])
-    loading = sum(seconds[-1] - seconds[0] for name, seconds in parts.items() if "load_model" in name)
-    walking = sum(
-        seconds[-1] - seconds[0] for name, seconds in parts.items() if "ExtendSession" in name or "Session.run" in name
-    )
-    steps = next(seconds[-1] - seconds[0] for name, seconds in parts.items() if "313 steps" in name)
-    text = (
-        f"Of the {show(more)} s by which the last of these calls is longer than the first, {walking / more:.0%} are in "
-        f"`ExtendSession` and `Session.run`, {loading / more:.0%} in `load_model`, and {abs(steps) / more:.1%} in the 313 steps."
-    )
-    titles = ["where", *[f"call {call['call']}, s" for call in calls], "growth, s"]
-    return f"{table(titles, rows)}\n{textwrap.fill(text, 145)}\n"
-
-
-def run_output():
-    """Return what a short run has printed."""
-    return f"```\n{(RESULTS / 'run.txt').read_text()}```\n"
-
-
-def full():
-    """Return the tables and warnings that analyze.py prints about results/results.jsonl; headings are a level down."""
-    text, refused, compared = analyze.report(analyze.read([RESULTS / "results.jsonl"]))
-    assert not refused, refused
-    lines = []
-    for line in text.removeprefix(analyze.DEFINITIONS).splitlines():
-        if line.startswith("## "):
-            lines += ["", f"#{line}", ""]
-        elif line.startswith("|"):
-            lines.append(line)
-        elif "**warning:**" in line:
-            lines += ["", line]
-    return "\n".join([f"{where(list(compared.values())[-1])}.", *lines, ""])
-
-
-def today():
-    """Return the README's table: ten rounds on today's stack, in two modes."""
-    here, batch = (samples("results.jsonl", mode) for mode in ("predict", "predict_on_batch"))
-    rows = []
-    for name, sample in here.items():
-        ratios = []
-        for one, of_ray in ((sample, here[RAY]), (batch[name], batch[RAY])):
-            ratios.append("")
-            if name != RAY:
-                ratios[-1] = "{} ({})".format(*times(one, of_ray))
-        row = [name, show(sample.setup), show(sample.mean, sample.spread), ratios[0], analyze.PUBLISHED.get(name, "")]
-        rows.append([*row, show(batch[name].mean, batch[name].spread), ratios[1]])
-    titles = ["approach", "set-up (`predict`), s", "`predict`: s of ten rounds", "Ray's speedup", "published, 48 cores"]
-    titles += ["`predict_on_batch`: s of ten rounds", "Ray's speedup"]
-    return f"{table(titles, rows)}\n{where(here)}.\n"
-
-
-def findings():
-    then, now = samples("original.jsonl", "predict_array"), samples("fifty.jsonl", "predict_array")
-    pool, cleared, ray = (tens(then[name]) for name in (POOL, CLEARED, RAY))
-    today_pool = tens(now[POOL]) / tens(now[RAY])
-    one, array, batch = (samples("results.jsonl", mode) for mode in MODES)
-    initializer = [" times (".join(times(here[INITIALIZER], here[RAY])) for here in (one, batch)]
-    reload = [" times (".join(times(here[POOL], here[RAY])) for here in (one, batch, array)]
-    bullets = [
-        f"**On the stack of May 2019 a pool that reloads gets slower and slower.** By the original's protocol (one "
-        f"process, fifty rounds) it takes {show(pool[0] / ray[0])} times as long as Ray in its first ten rounds, "
-        f"{show(pool[-1] / ray[-1])} times in its last ten, {show(pool.sum() / ray.sum())} times overall. With one line added, "
-        f"`clear_session()`, the ratios are {show(cleared[0] / ray[0])} and {show(cleared[-1] / ray[-1])}. Part of the "
-        f"published 25x may be this leak; how much, two cores cannot tell. [The evidence](docs/why-25x.md).",
-        f"**Today there is no such growth.** By the same protocol, the ratio is {show(today_pool[0])} in "
-        f"the first ten rounds and {show(today_pool[-1])} in the last ten.",
-        f"**The price of loading remains.** In trials of ten rounds the pool that reloads takes {reload[0]}) as long as Ray "
-        f"in mode `predict`, {reload[1]}) in `predict_on_batch`, and {reload[2]}) with the article's exact "
-        f"call, `model.predict(x_test)` (`predict_array`), in which a wait for TensorFlow's autotuner comes and goes: the jumps in "
-        f"the figure.",
-        f"**A pool with an initializer makes Ray unnecessary here.** It takes {initializer[0]}) as long as Ray in `predict` "
-        f"and {initializer[1]}) in `predict_on_batch`. Its set-up takes {show(one[INITIALIZER].setup)} s, Ray's "
-        f"{show(one[RAY].setup)} s.",
-        f"All this is from two cores, not from 48. Ranges are 95 % intervals from {len(one[RAY].seconds)} trials; ratios of "
-        f"ten rounds without a range are from one run each.",
-    ]
-    return "".join(textwrap.fill(x, 145, initial_indent="- ", subsequent_indent="  ") + "\n" for x in bullets)
-
-
-def overhead():
-    """Return what `make benchmark` has found, by name."""
-    lines = (RESULTS / "overhead.jsonl").read_text().splitlines()
-    return {found["what"]: found for found in map(json.loads, lines)}
-
-
-def choose():
-    """Return the numbers behind a choice, for the mode predict."""
-    here = samples("results.jsonl", "predict")
-    compute = np.median(here[INITIALIZER].rounds)
-    reload = np.median(here[POOL].rounds) - compute
-    longer = here[RAY].setup - here[POOL].setup
-    saved = (here[POOL].mean - here[RAY].mean) / here[RAY].rounds.shape[1]
-    whole = {name: show(sample.setup + sample.mean) for name, sample in here.items()}
-    found = overhead()
-    memory = {what: one["megabytes"] / 1000 for what, one in found.items() if "megabytes" in one}
-    ray, idle = found["memory: bench_ray.py --address local"], found["pool with initializer, Ray idle / stopped"]
-    text = (
-        f"Here, in mode `predict`, a call computes for t = {show(compute)} s, and reloading adds r = {show(reload)} s: the plain "
-        f"pool takes 1 + r/t = {show(1 + reload / compute)} times as long as one with an initializer. Set-up and ten rounds "
-        f"together take the plain pool {whole[POOL]} s, the pool with an initializer {whole[INITIALIZER]} s, Ray {whole[RAY]} s. "
-        f"Against the plain pool, Ray's longer set-up pays for itself after {np.ceil(longer / saved):.0f} rounds. Two workers "
-        f"and all the rest take {show(memory['memory: bench_multiprocessing.py --initializer'])} GB of memory in the pool and "
-        f"{show(ray['megabytes'] / 1000)} GB with Ray, of which {show(ray['of_ray'] / 1000)} GB are Ray's own "
-        f"{ray['processes_of_ray']} processes. While these are idle, a pool beside them takes {show(idle['ratio'])} times "
-        f"({show(idle['low'])} to {show(idle['high'])}) as long as while they are stopped ({idle['pairs']} pairs of rounds)."
-    )
-    return textwrap.fill(text, 145) + "\n"
-
-
-def effects():
-    """Return the table of what `make benchmark` has measured."""
-    rows = []
-    for what, found in overhead().items():
-        if "ratio" in found:
-            interval = f"{show(found['low'])} to {show(found['high'])}"
-            seconds = f"{show(found['seconds'])} / {show(found['other_seconds'])}"
-            rows.append([what, show(found["ratio"]), interval, seconds, str(found["pairs"])])
-        else:
-            rows.append([what, f"{found['megabytes']:.0f} MB", "", "", ""])
-    return table(["what", "ratio of medians, or memory", "95 % interval", "seconds", "pairs"], rows)
-
-
-def verdicts():
-    """Return the table of the article's claims, judged by our results on all cores."""
-    rows = []
-    for mode in MODES:
-        here = samples("results.jsonl", mode)
-        for claim, figure, (value, interval, (low, high)) in (
-            ("Ray beats multiprocessing", "multiprocessing / Ray", analyze.compare(here[POOL], here[RAY])),
-            ("Ray beats serial", "serial / Ray", analyze.compare(here[SERIAL], here[RAY])),
-            ("multiprocessing does not beat serial", "pool / serial", analyze.compare(here[POOL], here[SERIAL])),
-        ):
-            verdict = "cannot tell"
-            if low > 1:
-                verdict = "holds"
-            elif high < 1:
-                verdict = "does not hold here"
-            rows.append([f"`{mode}`", claim, f"{figure} > 1", value, interval, verdict])
-    here, alone = samples("results.jsonl", "predict"), samples("results.jsonl", "predict", 1)
-    batch = here[SERIAL].seconds / here[SERIAL].trials[0].num_cpus
-    verdict = "cannot tell"
-    if max(batch) < min(alone[SERIAL].seconds):
-        verdict = "holds"
-    elif min(batch) > max(alone[SERIAL].seconds):
-        verdict = "does not hold here"
-    value = show(np.mean(batch) / alone[SERIAL].mean)
-    rows.append(
-        ["`predict`", "TensorFlow parallelizes serial", "a batch on all cores / on 1 < 1", value, "all trials", verdict]
-    )
-    return table(["mode", "claim", "holds if", "here", "95 % interval", "verdict"], rows)
-
-
-def draw():
-    """Return the Figure of every round of both stacks, side by side, by the original's protocol."""
-    figure = analyze.matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, file, title in zip(panels, ("original.jsonl", "fifty.jsonl"), ("2019", "today"), strict=True):
-        here = samples(file, "predict_array")
-        versions = here[RAY].trials[0].versions
-        for name in (POOL, CLEARED, INITIALIZER, RAY):
-            if name in here:
-                [rounds] = here[name].rounds
-                panel.plot(range(1, len(rounds) + 1), rounds, ".-", color=analyze.COLOURS[name], label=name)
-        title = f"{title}: TensorFlow {versions['tensorflow']}, Ray {versions['ray']}"
-        panel.set(title=title, xlabel="round", yscale="log")
-        panel.grid(axis="y", alpha=0.3)
-    panels[0].set(ylabel="seconds of a round")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle("One process, fifty rounds, model.predict(x_test)")
-    return figure
-
-
-def stacks():
-    """Return the table of both stacks, with what it says in words, and where the rows of 2019 were measured."""
-    then = samples("original.jsonl", "predict_array")
-    pool, cleared, ray = (tens(then[name]) for name in (POOL, CLEARED, RAY))
-    price, growing = cleared.sum() / ray.sum(), pool.sum() / cleared.sum()
-    quiet = samples("fifty.jsonl", "predict")
-    steady = tens(quiet[POOL]) / tens(quiet[RAY])
-    text = (
-        f"Over fifty rounds {show(pool.sum() / ray.sum())} = {show(price)} (loading the model and the data, and a first predict, in "
-        f"every call) x {show(growing)} (growth). The five tens of the pool of 2019 have a standard deviation (`np.std`) of "
-        f"{np.std(pool) / np.mean(pool):.0%} of their mean; with `clear_session()` it is {np.std(cleared) / np.mean(cleared):.0%}. "
-        f"Today's rows contain a wait for the autotuner that comes and goes ([modes](measuring.md#modes)); in mode "
-        f"`predict`, which has no such wait, the pool takes {show(steady[0])} times as long as Ray in the first ten rounds and {show(steady[-1])} times in "
-        f"the last. 2019: {where(then)}. Today's: see [measuring](measuring.md#results-in-full)."
-    )
-    return f"{protocol(approaches=(POOL, CLEARED, INITIALIZER, RAY))}\n{textwrap.fill(text, 145)}\n"
-
-
-PAGES = {
-    "README.md": {"findings": findings, "choose": choose, "run": run_output, "today": today, "stacks": protocol},
-    "docs/measuring.md": {"effects": effects, "results": full, "verdicts": verdicts},
-    "docs/why-25x.md": {"stacks": stacks, "profile": profile, "growth": growth},
-}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main():
-    outdated = []
-    for page, blocks in PAGES.items():
-        old = (ROOT / page).read_text()
-        new = old
-        for name, block in blocks.items():
-            start, end = f"<!-- measured: {name} -->\n", "<!-- end -->"
-            before, found, rest = new.partition(start)
-            assert found and end in rest, f"{page} has no place for {name}"
-            new = f"{before}{start}{block()}{end}{rest.partition(end)[2]}"
-        if new != old:
-            outdated.append(page)
-        if "--check" not in sys.argv:
-            (ROOT / page).write_text(new)
-    if "--check" not in sys.argv:
-        draw().savefig(RESULTS / "then-and-now.png", dpi=150)
-    elif outdated:
-        sys.exit(f"out of date: {', '.join(outdated)}: run python docs/measured.py")
+    tables = {name: write() for name, write in TABLES.items()}
+    out_of_date = []
+    for page in PAGES:
+        text = page.read_text()
+        new_text = re.sub(
+            r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)",
+            lambda match: match[1] + tables[match[2]] + match[3],
+            text,
+            flags=re.DOTALL,
+        )
+        if new_text != text:
+            out_of_date.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new_text)
+    if "--check" in sys.argv:
+        if out_of_date:
+            sys.exit(f"out of date: {', '.join(out_of_date)}: run docs/measured.py")
+    else:
+        draw_then_and_now().savefig(RESULTS / "then-and-now.png", dpi=150)
 
+
+def groups(*names, **conditions):
+    """Return the Groups of analyze.py in files of results/ that have these conditions."""
+    trials = analyze.read_trials([RESULTS / name for name in names])
+    chosen = []
+    for group in analyze.group_trials(trials):
+        assert group.labels_agree
+        found = {"num_cpus": group.num_cpus, **vars(group.conditions)}
+        if conditions.items() <= found.items():
+            chosen.append(group)
+    return chosen
+
+
+def most_cores(*names, **conditions):
+    """Return the samples of the one group with the most cores: {approach: Sample}."""
+    return max(groups(*names, **conditions), key=lambda group: group.num_cpus).samples
+
+
+def conditions_line(group):
+    """Return a line on the machine, the versions, the data and the day of a group."""
+    described = analyze.describe(group.conditions)
+    day = datetime.fromtimestamp(group.trials[-1].time, UTC).strftime("%d %B %Y").lstrip("0")
+    ray = described.get("ray_version", "no Ray")
+    fields = described["machine"], described["versions"], ray, described["data"], day
+    return f"{'; '.join(fields)}.\n"
+
+
+def ratio(sample, other):
+    """Return "1.92 (1.85 to 1.99)": times as long, and the 95 % interval if there is one."""
+    comparison = compare(sample, other)
+    if np.isnan(comparison.low):
+        return three_digits(comparison.ratio)
+    ends = f"{three_digits(comparison.low)} to {three_digits(comparison.high)}"
+    return f"{three_digits(comparison.ratio)} ({ends})"
+
+
+def table(titles, rows):
+    return f"\n{markdown_table(titles, rows)}\n"
+
+
+# README.md
+
+
+def run():
+    """What `python bench_ray.py --rounds 3` has printed."""
+    return f"\n```console\n{(RESULTS / 'run.txt').read_text()}```\n\n"
+
+
+def results():
+    """Both stacks beside the published figures."""
+    today = most_cores("results.jsonl", array=False, rounds=10)
+    then = most_cores("original.jsonl", rounds=10)
+    long = most_cores("original.jsonl", rounds=50)
+    rows = []
+    for approach in (SERIAL, POOL, INITIALIZER, RAY):
+        row = [approach]
+        for samples in (today, then, long):
+            sample = samples[approach]
+            tens = sample.rounds.shape[1] / 10
+            row.append(three_digits(sample.mean / tens))
+            row.append("" if approach == RAY else ratio(sample, samples[RAY]))
+        rows.append([*row, analyze.PUBLISHED.get(approach, "")])
+    titles = [
+        "approach",
+        "today, s",
+        "times Ray's",
+        "2019, new pools, s",
+        "times Ray's",
+        "2019, one pool of 50 rounds, s",
+        "times Ray's",
+        "published, 48 cores",
+    ]
+    return table(titles, rows)
+
+
+# docs/measuring.md
+
+
+def full():
+    """The tables of analyze.py."""
+    parts = []
+    for group in groups("results.jsonl", "fifty.jsonl"):
+        call = analyze.describe(group.conditions)["array"]
+        cores = analyze.count(group.num_cpus, "core")
+        rounds = analyze.count(group.conditions.rounds, "round")
+        parts.append(f"\n### {cores}, {rounds}, {call}\n\n")
+        parts.append(analyze.comparison_table(group))
+        if group.conditions.rounds >= 20:
+            parts.append("\n" + analyze.tens_table(group))
+        parts.append("\n" + conditions_line(group))
+    return "".join(parts) + "\n"
+
+
+def waits():
+    """With --array: how many rounds wait for the autotuner, and how much longer they are."""
+    rows = []
+    for group in groups("results.jsonl", array=True, rounds=10):
+        [plain] = groups("results.jsonl", array=False, rounds=10, num_cpus=group.num_cpus)
+        for approach, sample in group.samples.items():
+            rounds = sample.rounds.ravel()
+            short = np.min(rounds)
+            waited = rounds > 1.4 * short  # The shortest round has not waited.
+            without = np.median(rounds[~waited])
+            wait = np.median(rounds[waited]) - without if waited.any() else np.nan
+            row = [
+                str(group.num_cpus),
+                approach,
+                three_digits(plain.samples[approach].median_round),
+                three_digits(without),
+                f"{np.count_nonzero(waited)} of {len(rounds)}",
+                "" if np.isnan(wait) else three_digits(wait),
+                ratio(sample, group.samples[RAY]) if approach != RAY else "",
+            ]
+            rows.append(row)
+    titles = [
+        "cores",
+        "approach",
+        "median round of the default, s",
+        "median of those that do not wait, s",
+        "rounds that wait",
+        "by, s",
+        "times as long as Ray",
+    ]
+    return table(titles, rows)
+
+
+def claims():
+    """The article's claims on both stacks, against both baselines of serial Python."""
+    rows = []
+    stacks = {
+        "today": most_cores("results.jsonl", array=False, rounds=10),
+        "today, --array": most_cores("results.jsonl", array=True, rounds=10),
+        "2019, new pools": most_cores("original.jsonl", rounds=10),
+        "2019, 50 rounds": most_cores("original.jsonl", rounds=50),
+    }
+    for stack, samples in stacks.items():
+        pairs = {
+            "Ray is faster than the pool: pool / Ray": (POOL, RAY),
+            "Ray is faster than serial: serial / Ray": (SERIAL, RAY),
+            "the same, serial on one core": ("serial+one_core", RAY),
+            "the pool is not faster than serial: pool / serial": (POOL, SERIAL),
+            "the same, serial on one core ": (POOL, "serial+one_core"),
+        }
+        for claim, (first, second) in pairs.items():
+            if first in samples and second in samples:
+                comparison = compare(samples[first], samples[second])
+                verdict = "not decided"
+                if comparison.low > 1:
+                    verdict = "holds"
+                if comparison.high < 1:
+                    verdict = "does not hold here"
+                text = ratio(samples[first], samples[second])
+                rows.append([stack, claim.strip(), text, verdict])
+    return table(["stack", "the article's claim", "here", "verdict"], rows)
+
+
+def overhead(experiment):
+    """Return the records of an experiment in docs/overhead.py, in order."""
+    lines = (RESULTS / "overhead.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if record["experiment"] == experiment]
+
+
+def over_runs(values):
+    """Return "0.26 (0.25 to 0.27)": the median of runs, and their range."""
+    ends = f"{three_digits(min(values))} to {three_digits(max(values))}"
+    return f"{three_digits(np.median(values))} ({ends})"
+
+
+# docs/why-25x.md
+
+
+def stacks():
+    """The protocol of the published benchmark: fifty rounds in one process."""
+    rows = []
+    for stack, name in (("2019", "original.jsonl"), ("today", "fifty.jsonl")):
+        for group in groups(name, rounds=50):
+            of_ray = group.samples[RAY]
+            ray_tens = analyze.sums_of_tens(of_ray)
+            call = "--array" if group.conditions.array and stack == "today" else ""
+            for approach, sample in group.samples.items():
+                tens = analyze.sums_of_tens(sample)
+                row = [
+                    f"{stack} {call}".strip(),
+                    approach,
+                    str(len(sample.trials)),
+                    *map(three_digits, tens[[0, 1, 2, 3, 4]]),
+                    three_digits(tens[0] / ray_tens[0]),
+                    three_digits(tens[-1] / ray_tens[-1]),
+                    three_digits(tens.sum() / ray_tens.sum()),
+                    per_trial_range(sample, of_ray),
+                ]
+                rows.append(row)
+    titles = [
+        "stack",
+        "approach",
+        "runs",
+        "rounds 1-10, s",
+        "11-20",
+        "21-30",
+        "31-40",
+        "41-50",
+        "first ten / Ray's",
+        "last ten / Ray's",
+        "all / Ray's",
+        "range over runs",
+    ]
+    return table(titles, rows)
+
+
+def per_trial_range(sample, of_ray):
+    """Return the smallest and the largest of the ratios of the runs, the k-th with the k-th."""
+    count = min(len(sample.seconds), len(of_ray.seconds))
+    ratios = sample.seconds[:count] / of_ray.seconds[:count]
+    if count < 2:
+        return "one run"
+    return f"{three_digits(min(ratios))} to {three_digits(max(ratios))}"
+
+
+def draw_then_and_now():
+    """Draw each round of the first run of fifty on both stacks."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    then = most_cores("original.jsonl", rounds=50)
+    now = most_cores("fifty.jsonl", array=False, rounds=50)
+    for axes, samples, title in ((left, then, "2019"), (right, now, "today")):
+        for approach, sample in samples.items():
+            colour = analyze.COLOURS[approach]
+            axes.plot(range(1, 51), sample.rounds[0], ".", color=colour, label=approach)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("round of one process")
+    left.set_ylabel("seconds of a round")
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.legend(fontsize="small")
+    return figure
+
+
+TABLES = {
+    "run": run,
+    "results": results,
+    "full": full,
+    "waits": waits,
+    "claims": claims,
+    "stacks": stacks,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,130 +1,289 @@
-"""The bench scripts as a user runs them: what they print, record and leave, and what the kernel says of them."""
+"""The bench scripts as a user runs them: what they print and record, and what the kernel says."""
 
 import hashlib
 import importlib.metadata
+import json
 import multiprocessing
-import os
 import platform
 import re
+import signal
+import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import psutil
 import pytest
-from conftest import APPROACHES, allowed_cpus, expected_labels, run
+from conftest import APPROACHES, ENVIRONMENT, ROOT, allowed_cpus, expected_labels, run, wait_until
 
-import bench_multiprocessing
 import bench_serial
 
-MODES = ["predict", "predict_array", "predict_on_batch"]
-# All in the default mode; the modes are known in one function, which all scripts share.
-ALL = [*((name, MODES[0]) for name in APPROACHES), *((name, mode) for mode in MODES[1:] for name in ("serial", "ray"))]
-CORES = bench_serial.physical_cores()
-ENDLESS = ["--rounds", "1000000", "--mode", "predict_on_batch"]
+pytestmark = pytest.mark.xdist_group("bench")  # The fixtures of the module are made once.
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux pins processes")
+
+CORES = bench_serial.physical_cores()
+EARLIER = '{"approach": "an earlier record"}\n'
+
+# What identifies a record here: its approach, the flag --array, and the start method.
+FORK = multiprocessing.get_start_method()
+RUNS = {
+    # As they are:
+    ("serial", False, None): [],
+    ("multiprocessing", False, FORK): [],
+    ("multiprocessing+initializer", False, FORK): [],
+    ("ray", False, None): [],
+    # The article's exact call, and other ways to start the workers of a pool:
+    ("serial", True, None): ["--array", "--num-cpus", 1],
+    ("ray", True, None): ["--array", "--num-cpus", 1],
+    ("multiprocessing", True, "spawn"): ["--array", "--num-cpus", 1],
+    ("multiprocessing+initializer", True, "spawn"): ["--array"],
+    ("multiprocessing", False, "forkserver"): ["--num-cpus", 1],
+    ("multiprocessing+initializer", False, "forkserver"): [],
+}
+
+# What a user may have set for other programs.
+ODD_SETTINGS = {
+    "KERAS_BACKEND": "torch",
+    "TF_CPP_MIN_LOG_LEVEL": "0",
+    "RAY_worker_niceness": "7",
+}
 
 
 @pytest.fixture(scope="module")
-def runs(start):
-    """A run of two rounds of each in ALL, at its end: {(approach, mode): Bench}."""
+def runs(start, tmp_path_factory):
+    """A run of two rounds of each of RUNS, at its end: {key: Bench}. All append to one file."""
+    results = tmp_path_factory.mktemp("runs") / "results.jsonl"
+    results.write_text(EARLIER)
     begun = {}
-    for four in (ALL[:4], ALL[4:]):  # Four side by side.
-        begun |= {(approach, mode): start(approach, "--rounds", 2, "--mode", mode) for approach, mode in four}
-        for bench in begun.values():
-            bench.finish()
+    for key, flags in RUNS.items():
+        if len(begun) % 4 == 0:  # Four side by side: each waits for some of its time.
+            for bench in begun.values():
+                bench.finish()
+        approach, _, start_method = key
+        chosen = None if start_method == FORK else start_method
+        flags = ["--rounds", 2, *flags, "--output", results]
+        begun[key] = start(approach, *flags, start_method=chosen, **ODD_SETTINGS)
+    for bench in begun.values():
+        bench.finish()
+        bench.results = results
     return begun
 
 
-def test_what_is_printed_and_recorded(runs):
-    """One test for all: a run is started once, and everything about it is looked at."""
-    for (approach, mode), bench in runs.items():
+@pytest.fixture(scope="module")
+def records(runs):
+    """The records of the runs: {key: record}."""
+    bench, *_ = runs.values()
+    earlier, *records = bench.records()
+    found = {(new["approach"], new["array"], new.get("start_method")): new for new in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_a_run_ends_well_and_without_a_warning(runs):
+    for key, bench in runs.items():
         status, stdout, stderr = bench.finish()
-        assert (status, stderr) == (0, ""), (approach, mode)
-        [record] = bench.records()
+        assert (status, stderr) == (0, ""), key
+
+
+def test_each_run_appends_its_record_and_earlier_ones_stay(runs, records):
+    assert set(records) == set(RUNS)
+    bench, *_ = runs.values()
+    assert bench.results.read_text().startswith(EARLIER)
+
+
+def test_rounds_and_a_summary_are_printed(runs, records):
+    for key, bench in runs.items():
+        record = records[key]
         first, second = record["round_seconds"]
-        assert min(first, second) > 0.001
-        setup = f"set-up {record['setup_seconds']:.1f} s, {record['accuracy']:.1%} right"
-        lines = [f"round 1: {first:.3f} s", f"round 2: {second:.3f} s", f"{approach}: {first + second:.3f} s, {setup}"]
-        assert stdout.splitlines() == lines
-        names = {"tensorflow", "keras", "numpy"} | {approach} & {"ray"}
-        versions = {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
-        known = {"approach": approach, "mode": mode, "num_cpus": len(CORES), "nodes": 1, "cluster": False}
-        method = multiprocessing.get_start_method() if "multi" in approach else None
-        known |= {"restarts": 0, "start_method": method}
-        assert {name: record[name] for name in known} == known and record["versions"] == versions
-        assert 0 <= time.time() - record["time"] < 1000 and record["time"] % 1
-        assert record["setup_seconds"] > 0.5  # TensorFlow is imported in it.
-        assert (record["cpu_seconds"] is not None) == (approach == "serial")
-        machine = rf".+, {psutil.cpu_count(logical=False)} physical cores, {platform.system()}"
+        *rounds, summary = bench.finish()[1].splitlines()
+        assert rounds == [f"round 1: {first:.3f} s", f"round 2: {second:.3f} s"]
+        assert summary.startswith(f"{key[0]}: {first + second:.3f} s")
+        assert f"{record['setup_seconds']:.1f} s" in summary
+        assert f"{record['accuracy']:.1%}" in summary
+
+
+def test_a_record_says_what_was_run_and_where(records):
+    for (approach, array, start_method), record in records.items():
+        known = {
+            "approach": approach,
+            "num_cpus": 1 if "--num-cpus" in RUNS[approach, array, start_method] else len(CORES),
+            "array": array,
+        }
+        packages = ["tensorflow", "keras", "numpy"]
+        if start_method:
+            known["start_method"] = start_method
+        if approach == "ray":
+            known |= {"nodes": 1, "cluster": False}
+            packages.append("ray")
+
+        measured = {"time", "setup_seconds", "round_seconds", "accuracy", "labels", "model", "data"}
+        assert set(record) == set(known) | measured | {"machine", "versions"}
+        assert {name: record[name] for name in known} == known
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        assert record["versions"] == versions | {"python": platform.python_version()}
+        machine = rf".+, {psutil.cpu_count(logical=False)} physical cores, {sys.platform}"
         assert re.fullmatch(machine, record["machine"])
-        own = "time setup_seconds round_seconds cpu_seconds accuracy labels model data machine versions"
-        assert set(record) == set(known) | set(own.split())
-    cpu_seconds = runs["serial", "predict"].records()[0]["cpu_seconds"]
-    assert 0 < cpu_seconds <= sum(runs["serial", "predict"].records()[0]["round_seconds"]) * os.cpu_count() * 1.1
 
 
-def test_answers_are_those_of_a_forward_pass_in_numpy(runs, trained):
-    with np.load(trained[1]) as mnist:
-        labels, y_test = expected_labels(trained[0], mnist["x_test"]), mnist["y_test"]
-        data = b"".join(mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train"))
-    for record in [record for bench in runs.values() for record in bench.records()]:
+def test_times_fit_into_the_time_in_which_the_run_took_place(runs, records):
+    for key, bench in runs.items():
+        record = records[key]
+        begin = bench.process.create_time()
+        assert begin < record["time"] < time.time()
+        assert record["setup_seconds"] > 0.5  # TensorFlow is imported in it.
+        assert min(record["round_seconds"]) > 0.001
+        seconds = record["setup_seconds"] + sum(record["round_seconds"])
+        assert seconds < record["time"] - begin + 0.1  # The kernel's clock ticks a hundredth.
+
+
+def test_answers_are_those_of_a_forward_pass_in_numpy(records, trained):
+    model, data = trained
+    with np.load(data) as mnist:
+        labels = expected_labels(model, mnist["x_test"])
+        accuracy = np.mean(labels == mnist["y_test"])
+    for record in records.values():
         assert record["labels"] == hashlib.sha256(labels).hexdigest()
-        assert record["accuracy"] == pytest.approx(np.mean(labels == y_test))
-        assert record["data"] == hashlib.sha256(data).hexdigest()
+        assert record["accuracy"] == pytest.approx(accuracy)
+
+
+def test_model_and_data_are_known_by_their_contents(records, trained):
+    model, data = trained
+    with zipfile.ZipFile(model) as archive:
+        weights = archive.read("model.weights.h5")
+    with np.load(data) as mnist:
+        arrays = [mnist[name].tobytes() for name in ("x_test", "x_train", "y_test", "y_train")]
+    for record in records.values():
+        assert record["model"] == hashlib.sha256(weights).hexdigest()
+        assert record["data"] == hashlib.sha256(b"".join(arrays)).hexdigest()
 
 
 def test_nothing_is_left_running(runs):
-    assert {key: bench.left() for key, bench in runs.items()} == dict.fromkeys(ALL, [])
+    assert {key: bench.left() for key, bench in runs.items()} == {key: [] for key in RUNS}
 
 
-def test_analyze_accepts_the_records(runs):
-    done = run("analyze.py", *(bench.results for bench in runs.values()))
+def test_analyze_accepts_the_records(records, tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text("\n".join(json.dumps(record) for record in records.values()))
+    done = run("analyze.py", results)
     assert (done.returncode, done.stderr) == (0, "")
     for approach in APPROACHES:
-        assert done.stdout.count(f"\n| {approach} ") == [name for name, _ in ALL].count(approach)
+        assert f"\n| {approach} " in done.stdout
 
 
-@linux_only
-@pytest.mark.parametrize("approach", ["ray", "multiprocessing", "multiprocessing+initializer"])
-def test_workers_keep_to_their_cores_with_all_threads_and_only_the_plain_pool_loads_again(start, trained, approach):
-    bench = start(approach, *ENDLESS)
+@pytest.fixture(scope="module", params=APPROACHES)
+def endless(request, start):
+    """A run in its rounds, of each approach in turn. The last test of the module ends it."""
+    bench = start(request.param, "--rounds", 1_000_000)
     bench.wait_for("round 2:")
-    workers = bench.workers()
-    assert len(workers) == len(CORES) and min(worker.num_threads() for worker in workers) > 1
-    alike, limit = 0, time.monotonic() + 30
-    while alike < 5 and time.monotonic() < limit:
-        # The stateless pool pins anew in every call, thread by thread: what is the same twice within a trial counts.
-        first = bench.out.read_text(), [allowed_cpus(worker) for worker in workers]
-        time.sleep(0.02)
-        if first == (bench.out.read_text(), [allowed_cpus(worker) for worker in workers]):
-            alike += 1
-            assert sorted(first[1], key=str) == sorted([{str(core)} for core in CORES], key=str)
-    assert alike == 5
-    # What the kernel has counted: the plain pool's workers read both files in every call, the others in none.
-    done, read = bench.out.read_text().count("round "), sum(worker.io_counters().read_chars for worker in workers)
-    bench.wait_for(f"round {done + 6}:")  # At least five whole rounds.
-    loads = (sum(worker.io_counters().read_chars for worker in workers) - read) / sum(f.stat().st_size for f in trained)
-    assert loads > 4.5 * len(workers) if approach == "multiprocessing" else loads < 0.1
-    bench.process.terminate()
-    assert bench.finish()[0] == 143 and bench.left() == []
+    bench.approach = request.param
+    yield bench
+    bench.stop()
 
 
 @linux_only
-def test_serial_keeps_to_the_cores_that_it_is_told_with_their_hyper_threads(start):
-    # NumPy's own threads are older than the affinity, and idle.
-    bench = start("serial", "--num-cpus", "1", *ENDLESS, OPENBLAS_NUM_THREADS="1")
-    bench.wait_for("round 2:")
-    assert bench.process.num_threads() > 1
-    [cpus] = allowed_cpus(bench.process)
-    with open(f"/sys/devices/system/cpu/cpu{CORES[0]}/topology/thread_siblings_list") as file:
-        assert cpus == file.read().strip()
-    bench.process.terminate()
-    assert bench.finish()[0] == 143
+def test_each_worker_has_a_core_of_its_own_for_all_its_threads(endless):
+    """Serial's only process has all the cores."""
+    workers = endless.workers()
+    if endless.approach == "serial":
+        expected = [{frozenset(CORES)}]
+    else:
+        expected = [{frozenset([core])} for core in CORES]
+    assert len(workers) == len(expected)
+    assert min(worker.num_threads() for worker in workers) > 1
+
+    def as_expected():
+        return sorted(map(allowed_cpus, workers), key=str) == sorted(expected, key=str)
+
+    if endless.approach == "multiprocessing":
+        wait_until(as_expected, seconds=60)  # It pins its workers anew in every call.
+    else:
+        assert as_expected()
 
 
 @linux_only
-def test_a_system_that_refuses_to_pin_is_told(monkeypatch):
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: None)
-    with pytest.raises(PermissionError, match="refuses to pin threads to a core"):
-        bench_multiprocessing.pin(4095)
+def test_only_the_stateless_pool_reads_its_files_again_in_every_round(endless, trained):
+    """The kernel counts the bytes that each worker has read."""
+
+    def bytes_read():
+        return sum(worker.io_counters().read_chars for worker in workers)
+
+    workers = endless.workers()
+    rounds = endless.rounds()
+    read = bytes_read()
+    endless.wait_for(f"round {rounds + 6}:")  # At least five whole rounds.
+    files = sum(file.stat().st_size for file in trained)
+    loads = (bytes_read() - read) / files / len(workers)
+    if endless.approach == "multiprocessing":
+        assert loads > 4.5
+    else:
+        assert loads < 0.1
+
+
+def test_workers_have_the_priority_of_the_script(endless):
+    """Ray's default is a lower one: beside other programs its rounds would be longer."""
+    for worker in endless.workers():
+        assert worker.nice() == endless.process.nice()
+
+
+def test_sigterm_in_a_round_ends_all(endless):
+    assert set(endless.workers()) <= set(endless.family())
+    endless.send(signal.SIGTERM)
+    status, _, _ = endless.finish(30)
+    assert status not in (None, 0)
+    assert endless.left() == []
+    assert endless.records() == []
+
+
+@pytest.fixture(scope="module")
+def calls(trained):
+    """Calls of the pool's function in one process, each for another core than the last one.
+
+    A list of (core, CPUs that its threads may use afterwards, bytes that it has read).
+    """
+    program = """if True:
+        import sys
+        from bench_multiprocessing import evaluate_next_batch
+        for core in sys.stdin:
+            evaluate_next_batch(sys.argv[1], sys.argv[2], False, int(core))
+            print("done", flush=True)
+        """
+    calls = []
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, trained)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as worker:
+        process = psutil.Process(worker.pid)
+        for core in [CORES[0], CORES[-1], CORES[0]]:
+            before = process.io_counters().read_chars
+            print(core, file=worker.stdin, flush=True)
+            assert worker.stdout.readline() == "done\n"
+            calls.append((core, allowed_cpus(process), process.io_counters().read_chars - before))
+    return calls
+
+
+@linux_only
+def test_threads_of_an_earlier_call_follow_to_the_next_core(calls):
+    assert [cpus for core, cpus, _ in calls] == [{frozenset([core])} for core, _, _ in calls]
+
+
+@linux_only
+def test_a_call_of_the_stateless_pool_reads_the_model_and_all_four_arrays(calls, trained):
+    files = sum(file.stat().st_size for file in trained)
+    for _, _, read in calls[1:]:  # The first one imports TensorFlow.
+        assert files < read < 1.05 * files
+
+
+@linux_only
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_taskset_decides_how_many_workers_there_are_and_where(start):
+    last = CORES[-1]
+    bench = start("multiprocessing", "--rounds", 1_000_000, before=["taskset", "-c", last])
+    bench.wait_for("round 1:")
+    [worker] = bench.workers()
+    assert allowed_cpus(worker) == {frozenset([last])}

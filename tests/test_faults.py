@@ -1,109 +1,113 @@
-"""Real faults: killed workers, signals to the script, results that cannot be written. Nothing finished is ever lost."""
+"""Real faults: workers that are killed, signals to the script. No record is lost, or made."""
 
-import os
-import shutil
 import signal
-import time
+import statistics
 
 import pytest
-from conftest import APPROACHES, run
+from conftest import APPROACHES, has_tensorflow, wait_until
 
-ENDLESS = ["--rounds", "1000000", "--mode", "predict_on_batch"]
-EARLIER = '{"an": "earlier record"}\n'
+pytestmark = pytest.mark.xdist_group("faults")
+
+ENDLESS = ["--rounds", 1_000_000]
+EARLIER = '{"approach": "an earlier record"}\n'
 
 
 @pytest.fixture(scope="module", autouse=True)
-def killed(start):
-    """A run of Ray that `kill -9` has ended, before the tests of this file: the last one looks at what it has left."""
-    bench = start("ray", *ENDLESS)
-    bench.wait_for("round 1:")
-    assert len(bench.family()) > 5
-    bench.process.kill()
-    return bench
+def orphans(start):
+    """Runs of Ray that ended before Ray could be told: {how: Bench}.
+
+    The processes of Ray then need about a minute to notice it. So this happens before the other
+    tests of this module, and the last ones look.
+    """
+    runs = {
+        how: start("ray", "--num-cpus", 1, *ENDLESS) for how in ["kill -9", "Ctrl-C", "SIGTERM"]
+    }
+    for how, number in [("Ctrl-C", signal.SIGINT), ("SIGTERM", signal.SIGTERM)]:
+        wait_until(lambda bench=runs[how]: "raylet" in names(bench))  # ray.init() is not yet done.
+        runs[how].send(number)
+    runs["kill -9"].wait_for("round 1:")
+    assert {"gcs_server", "raylet"} < names(runs["kill -9"])
+    runs["kill -9"].send(signal.SIGKILL)
+    return runs
 
 
-def check_the_end(bench, status, words):
-    """The script has ended with the status and one line with the words; nothing runs; no record was lost or made."""
-    found, stdout, stderr = bench.finish(30)
-    assert found == status and stderr.count("\n") == bool(words) and "Traceback" not in stdout
-    assert all(word in stderr for word in words), stderr
-    assert bench.left() == []
+def names(bench):
+    """The names of the processes that a script has started."""
+    return {process.name() for process in bench.family()}
+
+
+def check_the_end(bench, seconds=15):
+    """The run ends soon, as a failure; it leaves no process; no record was lost or made.
+
+    Return what it has written to stderr.
+    """
+    status, stdout, stderr = bench.finish(30)
+    assert status not in (None, 0), stdout + stderr
+    assert bench.left(seconds) == []
     assert bench.results.read_text() == EARLIER
+    return stderr
 
 
-def test_a_killed_actor_comes_back_and_the_record_says_so(start):
-    bench = start("ray", "--rounds", "60", "--mode", "predict_on_batch")
+def test_a_killed_actor_comes_back_and_the_run_ends_well(start):
+    rounds = 40
+    bench = start("ray", "--rounds", rounds)
     bench.wait_for("round 2:")
     bench.workers()[0].kill()
-    status, stdout, stderr = bench.finish()
+    status, _, stderr = bench.finish()
     assert (status, stderr) == (0, "")
     [record] = bench.records()
-    assert record["restarts"] == 1 and len(record["round_seconds"]) == stdout.count("round ") == 60
+    assert len(record["round_seconds"]) == rounds
+    # By this analyze.py knows such a run: the actor has loaded again in the middle of a round.
+    assert max(record["round_seconds"]) > 5 * statistics.median(record["round_seconds"])
     assert bench.left() == []
-    done = run("analyze.py", bench.results)
-    assert done.returncode == 1 and "left out: ray, restarts: 1" in done.stdout
 
 
-def test_an_actor_that_cannot_come_back_ends_the_run(start, trained, tmp_path):
-    model = shutil.copy(trained[0], tmp_path)
-    bench = start("ray", *ENDLESS, "--model", model)
+def test_a_worker_that_is_killed_in_a_round_ends_the_run(start):
+    bench = start("multiprocessing", *ENDLESS)
     bench.wait_for("round 2:")
     bench.results.write_text(EARLIER)
-    os.remove(model)
     bench.workers()[0].kill()
-    check_the_end(bench, 1, [model, "File not found", "train_model.py"])
+    assert "worker has died" in check_the_end(bench).splitlines()[-1]
 
 
-@pytest.mark.parametrize("approach, in_setup", [("multiprocessing", False), ("multiprocessing+initializer", True)])
-def test_a_killed_pool_worker_ends_the_run_within_seconds(start, approach, in_setup):
-    bench = start(approach, *ENDLESS)
-    if in_setup:
-        while len(bench.family()) < 3:
-            time.sleep(0.02)
-        time.sleep(1)  # It imports TensorFlow.
-    else:
-        bench.wait_for("round 2:")
+def test_a_worker_that_is_killed_while_it_loads_ends_the_run(start):
+    """The other one waits for it in the initializer, and so would a worker in its place."""
+    bench = start("multiprocessing+initializer", *ENDLESS)
+    victim = wait_until(lambda: next(filter(has_tensorflow, bench.workers()), None))
+    assert bench.rounds() == 0
     bench.results.write_text(EARLIER)
-    victim = bench.process.children()[0]
     victim.kill()
-    check_the_end(bench, 1, ["PoolWorker-", f"pid={victim.pid}", "SIGKILL"])
+    assert "worker has died" in check_the_end(bench).splitlines()[-1]
 
 
-@pytest.mark.parametrize("number, approaches", [(signal.SIGINT, APPROACHES), (signal.SIGTERM, ["ray"])])
-def test_signal_in_a_round(start, number, approaches):
-    begun = [start(approach, *ENDLESS) for approach in approaches]
-    for bench in begun:
-        bench.wait_for("round 2:")
-        bench.family()
-        bench.results.write_text(EARLIER)
-        if number == signal.SIGINT:  # A terminal sends it to all in the foreground.
-            os.killpg(bench.process.pid, number)
-        else:
-            bench.process.send_signal(number)
-    for bench in begun:
-        check_the_end(bench, 128 + number, [])
-
-
-@pytest.mark.parametrize("approach, number", [("multiprocessing", 2), ("multiprocessing+initializer", 15), ("ray", 2)])
-def test_signal_while_workers_are_set_up(start, approach, number):
+@pytest.mark.parametrize("approach", APPROACHES)
+def test_ctrl_c_in_a_round_ends_all(start, approach):
     bench = start(approach, *ENDLESS)
-    while len(bench.family()) < 3:  # The pool has its workers, or ray.init() starts Ray's processes.
-        time.sleep(0.02)
+    bench.wait_for("round 2:")
+    assert set(bench.workers()) <= set(bench.family())
     bench.results.write_text(EARLIER)
-    os.killpg(bench.process.pid, number)
-    check_the_end(bench, 128 + number, [])
+    bench.send(signal.SIGINT)
+    check_the_end(bench)
 
 
-def test_results_that_cannot_be_written_are_told(trained, tmp_path):
-    files = ["--model", trained[0], "--data", trained[1], "--rounds", "1", "--mode", "predict_on_batch"]
-    done = run("bench_serial.py", *files, "--output", tmp_path / "missing" / "results.jsonl")
-    assert done.returncode == 2 and "missing" in done.stderr.splitlines()[-1] and done.stdout == ""
-    done = run("bench_serial.py", *files, "--output", "/dev/full")
-    message = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "No space left on device" in message and "output /dev/full" in message
-    assert "round 1:" in done.stdout  # What was measured is on the screen.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("approach", ["multiprocessing", "multiprocessing+initializer"])
+def test_a_signal_while_a_pool_is_set_up_ends_all(start, approach, number):
+    bench = start(approach, *ENDLESS)
+    wait_until(lambda: any(map(has_tensorflow, bench.workers())))
+    assert bench.rounds() == 0
+    bench.results.write_text(EARLIER)
+    bench.send(number)
+    check_the_end(bench, seconds=60)  # SIGTERM ends the script alone: its workers first load.
 
 
-def test_after_kill_9_ray_ends_its_processes_itself(killed):
-    assert killed.left(90) == []  # It takes Ray a minute to notice.
-    assert killed.records() == []
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_ray_starts_ends_all(orphans, how):
+    status, stdout, stderr = orphans[how].finish(30)
+    assert status not in (None, 0), stdout + stderr
+    assert orphans[how].left(90) == []
+
+
+def test_kill_9_leaves_nothing_a_minute_later(orphans):
+    assert orphans["kill -9"].left(90) == []
+    assert orphans["kill -9"].records() == []

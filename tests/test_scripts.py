@@ -1,99 +1,187 @@
-"""What holds the flat scripts together: functions in several of them are the same, and the README shows these."""
+"""What holds the flat scripts together, and what the README shows."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
 
 import numpy as np
 import pytest
-from conftest import ROOT, expected_labels, run
+from conftest import ENVIRONMENT, ROOT, expected_labels
 
 BENCHES = sorted(ROOT.glob("bench_*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMON = "# From here on: the same in all bench scripts."
 
 
-def definitions(code):
-    """{name: its tree, less docstrings} of the functions and classes at the top of the code."""
-    found = {}
-    for node in ast.parse(code).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            for part in ast.walk(node):
-                if isinstance(part, ast.FunctionDef) and ast.get_docstring(part):
-                    del part.body[0]
-            found[node.name] = ast.dump(node)
-    return found
+def test_what_stands_below_the_line_is_the_same_in_all_bench_scripts():
+    line = re.compile(r"^# .*\bthe same in all bench scripts\b.*\n", re.MULTILINE)
+    common = set()
+    for script in BENCHES:
+        _, below = line.split(script.read_text())
+        common.add(below)
+    assert len(BENCHES) == 3
+    assert len(common) == 1
+    assert "def record(" in common.pop()
 
 
-def test_what_is_the_same_in_all_bench_scripts():
-    texts = [script.read_text().partition(COMMON) for script in BENCHES]
-    assert len(texts) == 3 and len({common for _, _, common in texts}) == 1
-    common = definitions(texts[0][2])
-    assert common.keys() == {"load", "physical_cores", "core_of", "parse_arguments", "record", "end"}
-    own = [definitions(text) for text, _, _ in texts]
-    assert not any(common.keys() & names for names in own)
-    pins = [names["pin"] for names in own if "pin" in names]
-    assert len(pins) == 2 and len(set(pins)) == 1
-
-
-def test_pins_of_the_metadata_blocks_are_those_of_the_requirements():
-    required = (ROOT / "requirements.txt").read_text().replace("ray[default]", "ray").split()
-    for script in [*BENCHES, ROOT / "analyze.py", ROOT / "train_model.py"]:
+def test_functions_of_the_same_name_are_the_same_in_all_bench_scripts():
+    """But for main(). One that only some of them have may stand above the line."""
+    codes = {}
+    for script in BENCHES:
         text = script.read_text()
-        block = re.match(r"# /// script\n(.*?)# ///\n", text, re.DOTALL)[1]
-        assert 'requires-python = ">=3.11,<3.14"' in block
-        pins = re.findall(r'"([\w-]+==[\w.]+)"', block)
-        assert set(pins) <= set(required)
-        imported = {name.partition("==")[0] for name in pins} - {"keras"}  # TensorFlow needs it: pinned as well.
-        assert all(re.search(rf"^ *(import|from) {name}\b", text, re.MULTILINE) for name in imported)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name != "main":
+                codes.setdefault(node.name, []).append(ast.get_source_segment(text, node))
+    assert len(codes["pin"]) > 1
+    for name, found in codes.items():
+        assert len(set(found)) == 1, name
+
+
+@pytest.mark.parametrize("name", [path.name for path in ROOT.glob("*.py")])
+def test_a_script_s_metadata_name_what_it_imports_in_the_versions_of_the_requirements(name):
+    text = (ROOT / name).read_text()
+    [block] = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///\n", text, re.MULTILINE)
+    metadata = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+    assert metadata["requires-python"] == ">=3.11,<3.14"
+
+    required = (ROOT / "requirements.txt").read_text().replace("ray[default]", "ray").split()
+    assert set(metadata["dependencies"]) <= set(required)
+
+    named = {pin.partition("==")[0] for pin in metadata["dependencies"]}
+    imported = imports(text) - sys.stdlib_module_names
+    assert named - {"keras"} == imported  # Keras is TensorFlow's; its version matters.
+
+
+def imports(text):
+    """The top-level packages that a script imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("script", BENCHES, ids=lambda script: script.name)
-def test_bench_script_imports_nothing_of_this_repository(script):
-    here = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    nodes = list(ast.walk(ast.parse(script.read_text())))
-    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    assert imported and not {name.partition(".")[0] for name in imported} & here
+def test_a_bench_script_imports_nothing_of_this_repository(script):
+    here = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
+    assert {"bench_ray", "train_model", "conftest"} <= here
+    assert not imports(script.read_text()) & here
 
 
-def test_what_the_snippets_show_is_what_is_measured():
-    measured = {name: tree for script in BENCHES for name, tree in definitions(script.read_text()).items()}
-    shown = [definitions(code) for code in SNIPPETS]
-    assert [len(code.splitlines()) <= 40 for code in SNIPPETS] == [True] * 3
-    for name, tree in [pair for found in shown for pair in found.items()]:
-        assert name in ("load", "pin", "physical_cores") or tree == measured[name], f"{name} differs"
+def anchors(page):
+    """What GitHub lets one jump to in a page: its headings."""
+    headings = re.findall("^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=["ray", "initializer", "pool"])
-def test_a_snippet_runs_in_an_empty_folder(code, trained, tmp_path):
-    for path, here in zip(("/tmp/model.keras", "/tmp/mnist.npz"), trained, strict=True):
-        assert code.count(path) == 1
-        code = code.replace(path, str(here))
-    code = code.replace("range(10)", "range(2)")
-    save = "\nif __name__ == '__main__':\n    np.save('results.npy', results)\n"
-    (tmp_path / "pasted.py").write_text(code + save)
-    done = subprocess.run([sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text())
+    assert links
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    for name in re.findall(r"`((?:\w+/)?[\w-]+\.(?:py|yaml|txt|sh))`", page.read_text()):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+
+
+def test_snippets_are_python_and_not_wider_than_a_page():
+    assert SNIPPETS
+    for code in SNIPPETS:
+        compile(code, "README.md", "exec")
+        assert max(map(len, code.splitlines())) <= 88
+
+
+# In place of the network: Keras would fetch MNIST again if the file in its cache were another one.
+LOAD_DATA = """
+import os, sys, types
+
+def load_data():
+    import numpy as np
+
+    with np.load(os.environ["SMALL_MNIST"]) as file:
+        mnist = dict(file)
+    return (mnist["x_train"], mnist["y_train"]), (mnist["x_test"], mnist["y_test"])
+
+sys.modules["keras.src.datasets.mnist"] = types.ModuleType("keras.src.datasets.mnist")
+sys.modules["keras.src.datasets.mnist"].load_data = load_data
+"""
+
+SAVE_RESULTS = """
+
+if __name__ == "__main__":
+    import numpy as np
+
+    np.save("results.npy", results)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(trained, tmp_path_factory):
+    """The environment of a snippet: with small data, and apart from any Ray on this machine."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(LOAD_DATA)
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as ray:  # Short.
+        own = {"PYTHONPATH": str(folder), "SMALL_MNIST": str(trained[1]), "RAY_TMPDIR": ray}
+        yield ENVIRONMENT | own | {"CUDA_VISIBLE_DEVICES": "-1"}
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """Takes the place of /tmp in the snippets. The first one, which trains, replaces the model."""
+    folder = tmp_path_factory.mktemp("snippets")
+    shutil.copy(trained[0], folder / "model.keras")
+    return folder
+
+
+@pytest.mark.xdist_group("snippets")
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_a_snippet_of_the_readme_gives_the_answers_of_its_model(
+    index, trained, folder, environment, tmp_path
+):
+    code = SNIPPETS[index]
+    models = [folder / name for name in re.findall(r"/tmp/(\w+\.keras)", code)]
+    assert models
+    for model, source in zip(models, [trained[0], folder / "model.keras"], strict=False):
+        if not model.exists():
+            shutil.copy(source, model)
+
+    trains = "model.save(" in code
+    pasted = code.replace("/tmp/", f"{folder}/").replace("range(10)", "range(2)")
+    (tmp_path / "pasted.py").write_text(pasted if trains else pasted + SAVE_RESULTS)
+    before = os.stat(models[0]).st_mtime_ns
+    done = subprocess.run(
+        [sys.executable, "pasted.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^\d+\.\d+ s$", done.stdout, re.MULTILINE)) == 2, "the rounds are timed"
+
     with np.load(trained[1]) as mnist:
-        expected = expected_labels(trained[0], mnist["x_test"])
-    for answers in np.load(tmp_path / "results.npy"):
-        assert (np.argmax(answers, axis=1) == expected).all()
-
-
-def test_what_the_pages_show_was_measured_and_is_up_to_date():
-    done = run("docs/measured.py", "--check")
-    assert done.returncode == 0, done.stderr
-
-
-def test_links_and_names_of_files_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        text = page.read_text()
-        names = re.findall(r"\]\((?!http)([^)#]+)", text)
-        assert names
-        for name in names:
-            assert (page.parent / name).exists(), f"{page.name}: {name}"
-        for name in re.findall(r"`(?:\w+/)?[\w-]+\.(?:py|yaml|txt|sh)`", text):
-            assert (ROOT / name.strip("`")).exists(), f"{page.name}: {name}"
+        x_test, y_test = mnist["x_test"], mnist["y_test"]
+    if trains:
+        assert os.stat(models[0]).st_mtime_ns > before
+        assert np.mean(expected_labels(models[0], x_test) == y_test) > 0.9
+    else:
+        assert len(re.findall(r"^\d+\.\d+ s$", done.stdout, re.MULTILINE)) == 2  # Each round.
+        answers = np.load(tmp_path / "results.npy")
+        if len(models) == 1:
+            models *= len(answers)
+        assert len(answers) == len(models) > 0
+        for answer, model in zip(answers, models, strict=True):
+            assert np.array_equal(np.argmax(answer, axis=1), expected_labels(model, x_test))
