@@ -1,116 +1,130 @@
-"""What the programs beside this share: arguments, signals, the data, the check of the answers, and the record.
+"""What the programs beside this share: arguments, data, the check of the answers, and the record.
 
-Nothing of it happens while the clock runs. Nothing of it runs a TensorFlow session: in the parent of a pool that must
-not happen before the fork.
+Nothing here runs while the clock does. Nothing here starts a TensorFlow session: a pool forks its
+workers, and with a session that has run before the fork they can hang.
 """
 
 import time
 
-STARTED = time.perf_counter()  # The programs import this module first: set-up is timed from here.
+STARTED = time.perf_counter()  # The programs import this module first: set-up counts from here.
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import signal
+import re
 import sys
+import zipfile
 
-os.environ.update(TF_CPP_MIN_LOG_LEVEL="1", TF2_BEHAVIOR="0")  # No notices; version 1, whatever the shell exports.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # No notices.
+# Whatever the user exports: TensorFlow 1's own behaviour, and a thread for every core.
+os.environ["TF2_BEHAVIOR"] = "0"
+os.environ.pop("OMP_NUM_THREADS", None)  # Keras of 2019 takes its number of threads from it.
 
 import h5py
 import numpy as np
-import pkg_resources
 import psutil
 import tensorflow as tf
 
-tf.logging.set_verbosity(tf.logging.ERROR)  # Else it warns of functions that it uses itself and has deprecated.
+# TensorFlow would warn of functions that it has deprecated, and calls itself.
+tf.logging.set_verbosity(tf.logging.ERROR)
 
-# In the project's folder, not in /tmp: Keras of 2019 runs code that a model's file contains.
+# In this folder, not in /tmp: Keras runs code that a model's file contains.
 MODEL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.h5")
+
 parser = argparse.ArgumentParser()
 parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
 parser.add_argument("--model", default=MODEL, help="default: %(default)s")
 parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
-parser.add_argument("--output", default="original.jsonl", type=argparse.FileType("a"), help="default: %(default)s")
+parser.add_argument(
+    "--output",
+    default="original.jsonl",
+    type=argparse.FileType("ab", bufsize=0),  # Unbuffered, so that a line is written at once.
+    help="default: %(default)s",
+)
 
 
 def parse_arguments():
-    """Return the arguments. From here on, Ctrl-C and SIGTERM leave nothing running.
-
-    Exits with status 1 if a file cannot be used, before anything is set up.
-    """
+    """Return the arguments. What cannot be used ends the program, before anything is set up."""
     arguments = parser.parse_args()
     if arguments.rounds < 1:
-        parser.error("argument --rounds: must be at least 1")
-    try:
-        weights(arguments.model)
-        load_data(arguments.data)
-    except Exception as error:  # A foreign file can make h5py and NumPy raise anything.
-        sys.exit("cannot use {} or {} ({}): name others, or train again".format(arguments.model, arguments.data, error))
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+        parser.error("--rounds must be at least 1")
+    if not h5py.is_hdf5(arguments.model):
+        parser.error(f"{arguments.model} is missing or damaged: run original/train_model.py")
+    if not zipfile.is_zipfile(arguments.data):  # The format .npz is a zip archive.
+        parser.error(f"{arguments.data} is missing or damaged: run train_model.py")
     return arguments
 
 
-def stop(number, frame):
-    """End this process and all that it has started, at once; Ray and the pool would leave some of them running."""
-    os.register_at_fork(after_in_child=lambda: os._exit(1))  # The pool replaces the workers that die here.
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    os._exit(128 + number)
-
-
-def load_data(path):
-    """Read all four arrays, as tf.keras.datasets.mnist.load_data() does once it has downloaded them."""
-    with np.load(path) as file:
+def load_data(datafile):
+    """Return (x_train, y_train), (x_test, y_test), as tf.keras.datasets.mnist.load_data() does."""
+    with np.load(datafile) as file:
         return (file["x_train"], file["y_train"]), (file["x_test"], file["y_test"])
 
 
+def record(arguments, approach, setup_seconds, round_seconds, answers, **more):
+    """Check the answers, the labels (uint8) of every batch; append the run to the output."""
+    (x_train, y_train), (x_test, y_test) = load_data(arguments.data)
+    if not all(np.array_equal(labels, answers[0]) for labels in answers):
+        sys.exit("not recorded: the answers differ from worker to worker or from round to round")
+    accuracy = np.mean(answers[0] == y_test)
+    if accuracy < 0.9:
+        sys.exit(f"not recorded: {accuracy:.1%} of the answers are right, fewer than 90 %")
+    run = {
+        "approach": approach,
+        "num_cpus": len(answers) // len(round_seconds),
+        "array": True,  # The call is the article's: model.predict(x_test) of an array.
+        "time": time.time(),
+        "setup_seconds": setup_seconds,
+        "round_seconds": round_seconds,
+        "accuracy": accuracy,
+        "labels": digest(answers[0]),
+        "model": digest(*weights(arguments.model)),
+        "data": digest(x_test, x_train, y_test, y_train),
+        "machine": machine(),
+        "versions": versions(),
+        **more,
+    }
+    arguments.output.write(f"{json.dumps(run)}\n".encode())
+    print(f"{approach}: {sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up")
+
+
+def digest(*parts):
+    """Return the SHA-256 of the bytes of all parts. A file's would differ by the dates in it."""
+    return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
+
+
 def weights(filename):
-    """Return what model.get_weights() returns, from the file and without TensorFlow."""
+    """Return what model.get_weights() returns, without TensorFlow."""
     with h5py.File(filename, "r") as file:
-        layers = [file["model_weights"][name] for name in file["model_weights"].attrs["layer_names"]]
+        group = file["model_weights"]
+        layers = [group[name] for name in group.attrs["layer_names"]]
         return [layer[name][()] for layer in layers for name in layer.attrs["weight_names"]]
 
 
-def digest(arrays):
-    """Return the SHA-256, in hexadecimal, of the bytes of the arrays one after the other."""
-    return hashlib.sha256(b"".join(map(bytes, arrays))).hexdigest()
-
-
-def record(arguments, approach, num_cpus, setup_seconds, round_seconds, answers, cpu_seconds=None):
-    """Check the answers, append the record of this run to the output, and print the sum of its rounds.
-
-    answers: the labels (10000,) of every batch. Exits with status 1 at a wrong answer.
-    """
-    (x_train, y_train), (x_test, y_test) = load_data(arguments.data)
-    labels = np.array(answers, np.uint8)
-    accuracy = np.mean(labels == y_test)
-    if accuracy < 0.9 or (labels != labels[0]).any():
-        sys.exit(
-            "not recorded: wrong answers, accuracy {:.4f}, by {} on {}: train again".format(
-                accuracy, arguments.model, arguments.data
-            )
-        )
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
+def machine():
+    """Return the processor, its cores and the system, in the words of today's bench scripts."""
+    processor = platform.machine()
+    if sys.platform == "linux":
         with open("/proc/cpuinfo") as file:
-            processor = file.read().split("model name\t: ")[1].split("\n")[0]
-    versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": tf.keras.__version__}
-    versions.update(numpy=np.__version__)
-    start_method = None
-    if approach == "ray":
-        versions["ray"] = pkg_resources.get_distribution("ray").version
-    elif approach != "serial":
-        start_method = "fork"
-    fields = {"approach": approach, "mode": "predict_array", "num_cpus": num_cpus, "accuracy": accuracy}
-    fields.update(nodes=1, cluster=False, restarts=0, start_method=start_method, cpu_seconds=cpu_seconds)
-    fields.update(time=time.time(), setup_seconds=setup_seconds, round_seconds=round_seconds, versions=versions)
-    fields.update(labels=digest(labels[:1]), model=digest(weights(arguments.model)))
-    fields.update(data=digest([x_test, x_train, y_test, y_train]))
-    fields.update(machine="{}, {} physical cores, {}".format(processor, num_cpus, platform.system()))
-    print(json.dumps(fields), file=arguments.output, flush=True)
-    print("{}: {:.2f} s, after {:.1f} s of set-up".format(approach, sum(round_seconds), setup_seconds), flush=True)
+            model_name = re.search(r"model name\s*: (.*)", file.read())
+        if model_name:
+            processor = model_name[1]
+    physical = psutil.cpu_count(logical=False)
+    if physical is None:
+        return f"{processor}, {os.cpu_count()} CPUs, {sys.platform}"
+    return f"{processor}, {physical} physical cores, {sys.platform}"
+
+
+def versions():
+    """Return the versions of what decides how fast the programs are."""
+    found = {
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": tf.keras.__version__,
+        "numpy": np.__version__,
+    }
+    if "ray" in sys.modules:
+        found["ray"] = sys.modules["ray"].__version__
+    return found

@@ -1,7 +1,7 @@
-"""Train the article's classifier with the TensorFlow of 2019, and leave the model that the benchmarks beside this read.
+"""Train the article's classifier with the TensorFlow of 2019, for the benchmarks beside this.
 
-The article's code, with files in place of the download: the data is a mnist.npz that the project's train_model.py has
-left, the model an HDF5 file as the article's is.
+The article's program, with files in place of the download. The data are a mnist.npz that the
+train_model.py of the folder above has left.
 
     python train_model.py
 """
@@ -27,7 +27,13 @@ model = tf.keras.models.Sequential(
         tf.keras.layers.Dense(10, activation=tf.nn.softmax),
     ]
 )
-model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+model.compile(
+    optimizer="adam",
+    loss="sparse_categorical_crossentropy",
+    metrics=["accuracy"],
+)
+# Train the model. A progress bar would fill the log.
 model.fit(x_train, y_train, epochs=1, verbose=0)
+# Save the model to disk.
 filename = arguments.model
 model.save(filename)
