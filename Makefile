@@ -3,7 +3,7 @@
 # make original   the article's programs on the article's stack of 2019 (needs a Python 3.7)
 # make test       set up, run all tests
 # make lint       check format and style
-# make benchmark  what Ray's presence costs, and of what the price of loading consists
+# make benchmark  memory, an idle Ray, calls of other lengths, and the price of loading taken apart
 # make clean      remove the environments; results, model and data stay
 
 PYTHON  ?= python3
@@ -26,7 +26,7 @@ SWEEP = print(*sorted({count} | {2**i for i in range(count.bit_length())}))
 # What a user's shell exports for other programs must not decide here.
 unexport PIP_USER PIP_TARGET PIP_PREFIX
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS
-unexport RAY_ADDRESS KERAS_NNX_ENABLED TF_USE_LEGACY_KERAS TF_NUM_INTRAOP_THREADS
+unexport RAY_ADDRESS KERAS_NNX_ENABLED TF_NUM_INTRAOP_THREADS
 unexport TF_ENABLE_ONEDNN_OPTS TF_XLA_FLAGS XLA_FLAGS
 
 # In four passes each approach follows each other one once: what one leaves hits all alike.

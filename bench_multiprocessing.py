@@ -52,7 +52,9 @@ import psutil
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only.
+    "MPLBACKEND": "agg",  # Keras imports Matplotlib, and fails if a notebook's is not installed.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only; some notices still come.
+    "TF_USE_LEGACY_KERAS": "0",  # Keras 3 has made the model.
 }
 os.environ.update(SETTINGS)
 

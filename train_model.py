@@ -30,6 +30,7 @@ import numpy as np
 os.environ.update(
     CUDA_VISIBLE_DEVICES="-1",  # No GPU: this is about processor cores.
     KERAS_BACKEND="tensorflow",
+    MPLBACKEND="agg",  # Keras imports Matplotlib, and fails if a notebook's is not installed.
     TF_CPP_MIN_LOG_LEVEL="3",  # Errors only.
     TF_USE_LEGACY_KERAS="0",  # Keras 3, not 2.
 )
