@@ -57,11 +57,14 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # Keras 3 has made the model.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Start workers by Python, even under `uv run`.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Keep a private Ray on 127.0.0.1.
+    "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up an address at which no cluster answers.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, use our working directory.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send nothing.
     "RAY_worker_niceness": "0",  # Normal priority, like a pool's workers; Ray's default is lower.
 }
 os.environ.update(SETTINGS)
+if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray and Keras write into the home folder.
+    os.environ["HOME"] = "/tmp"
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -104,7 +107,14 @@ def main():
     else:
         nodes = 1
         num_cpus = len(physical_cores(arguments.num_cpus))
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, **QUIET)
+        ray.init(
+            "local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=10
+            ** 9,  # bytes; by default 30 % of all, which `ulimit -v` can forbid
+            **QUIET,
+        )
         inputs = arguments.model, arguments.data, arguments.array
         actors = [Model.remote(i, *inputs) for i in range(num_cpus)]
 

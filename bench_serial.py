@@ -49,6 +49,8 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # Keras 3 has made the model.
 }
 os.environ.update(SETTINGS)
+if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the home folder.
+    os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 
