@@ -98,7 +98,7 @@ endif
 	touch $@
 
 test: .venv/ready-dev
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready-dev
 	$(RUN) -m ruff check .

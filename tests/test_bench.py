@@ -37,9 +37,7 @@ RUNS = {
     ("serial", True, None): ["--array", "--num-cpus", 1],
     ("ray", True, None): ["--array", "--num-cpus", 1],
     ("multiprocessing", True, "spawn"): ["--array", "--num-cpus", 1],
-    ("multiprocessing+initializer", True, "spawn"): ["--array"],
-    ("multiprocessing", False, "forkserver"): ["--num-cpus", 1],
-    ("multiprocessing+initializer", False, "forkserver"): [],
+    ("multiprocessing+initializer", True, "forkserver"): ["--array"],
 }
 
 # What a user may have set for other programs.
@@ -226,9 +224,10 @@ def test_workers_have_the_priority_of_the_script(endless):
         assert worker.nice() == endless.process.nice()
 
 
-def test_sigterm_in_a_round_ends_all(endless):
+def test_a_signal_in_a_round_ends_all(endless):
+    """Ctrl-C; but SIGTERM for Ray, for Ctrl-C see test_faults.py."""
     assert set(endless.workers()) <= set(endless.family())
-    endless.send(signal.SIGTERM)
+    endless.send(signal.SIGTERM if endless.approach == "ray" else signal.SIGINT)
     status, _, _ = endless.finish(30)
     assert status not in (None, 0)
     assert endless.left() == []

