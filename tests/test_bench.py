@@ -19,7 +19,6 @@ from conftest import APPROACHES, ENVIRONMENT, ROOT, allowed_cpus, expected_label
 
 import bench_serial
 
-pytestmark = pytest.mark.xdist_group("bench")  # The fixtures of the module are made once.
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux pins processes")
 
 CORES = bench_serial.physical_cores()
@@ -28,11 +27,11 @@ EARLIER = '{"approach": "an earlier record"}\n'
 # What identifies a record here: its approach, the flag --array, and the start method.
 FORK = multiprocessing.get_start_method()
 RUNS = {
-    # As they are:
+    # As they are, but for the second actor of Ray, which other tests have:
     ("serial", False, None): [],
     ("multiprocessing", False, FORK): [],
     ("multiprocessing+initializer", False, FORK): [],
-    ("ray", False, None): [],
+    ("ray", False, None): ["--num-cpus", 1],
     # The article's exact call, and other ways to start the workers of a pool:
     ("serial", True, None): ["--array", "--num-cpus", 1],
     ("ray", True, None): ["--array", "--num-cpus", 1],
@@ -171,13 +170,15 @@ def test_analyze_accepts_the_records(records, tmp_path):
 
 @pytest.fixture(scope="module", params=APPROACHES)
 def endless(request, start):
-    """A run in its rounds, of each approach in turn. The last test that looks at it ends it."""
-    flags = ["--rounds", 1_000_000]
-    if request.param == "serial":
-        flags += ["--num-cpus", 1]  # Fewer than this machine has, to see that it keeps to it.
-    bench = start(request.param, *flags)
+    """A run in its rounds, of each approach in turn. The last test that looks at it ends it.
+
+    Serial may use one core alone, the last one.
+    """
+    before = ["taskset", "--cpu-list", CORES[-1]] if request.param == "serial" else []
+    bench = start(request.param, "--rounds", 1_000_000, before=before)
     bench.wait_for("round 2:")
     bench.approach = request.param
+    bench.cores = CORES[-1:] if request.param == "serial" else CORES
     yield bench
     bench.stop()
 
@@ -185,8 +186,7 @@ def endless(request, start):
 @linux_only
 def test_each_worker_has_a_core_of_its_own_for_all_its_threads(endless):
     workers = endless.workers()
-    cores = CORES[:1] if endless.approach == "serial" else CORES
-    expected = [{frozenset([core])} for core in cores]
+    expected = [{frozenset([core])} for core in endless.cores]
     assert len(workers) == len(expected)
     assert min(worker.num_threads() for worker in workers) > 1
 
@@ -276,13 +276,3 @@ def test_a_call_of_the_stateless_pool_reads_the_model_and_all_four_arrays(calls,
     files = sum(file.stat().st_size for file in trained)
     for _, _, read in calls[1:]:  # The first one imports TensorFlow.
         assert files < read < 1.05 * files
-
-
-@linux_only
-@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
-def test_taskset_decides_how_many_workers_there_are_and_where(start):
-    last = CORES[-1]
-    bench = start("multiprocessing", "--rounds", 1_000_000, before=["taskset", "-c", last])
-    bench.wait_for("round 1:")
-    [worker] = bench.workers()
-    assert allowed_cpus(worker) == {frozenset([last])}

@@ -13,8 +13,6 @@ import psutil
 import pytest
 from conftest import allowed_cpus, wait_until
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 FIRST = min(os.sched_getaffinity(0))
 LAST = max(os.sched_getaffinity(0))
 

@@ -11,8 +11,6 @@ import yaml
 from conftest import ROOT
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 
-pytestmark = pytest.mark.xdist_group("config")  # With test_ray_up.py: moto is imported once.
-
 TEXT = (ROOT / "config.yaml").read_text()
 CONFIG = yaml.safe_load(TEXT)
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())

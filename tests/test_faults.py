@@ -6,8 +6,6 @@ import statistics
 import pytest
 from conftest import has_tensorflow, wait_until
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 ENDLESS = ["--rounds", 1_000_000]
 EARLIER = '{"approach": "an earlier record"}\n'
 
@@ -90,15 +88,15 @@ def test_ctrl_c_in_a_round_ends_ray(start):
 
 
 @pytest.mark.parametrize(
-    "approach, number",
+    "approach, num_cpus, number",
     [
-        ("multiprocessing", signal.SIGTERM),
-        ("multiprocessing+initializer", signal.SIGTERM),
-        ("multiprocessing+initializer", signal.SIGINT),
+        ("multiprocessing", 1, signal.SIGTERM),
+        ("multiprocessing+initializer", 2, signal.SIGTERM),  # They wait for each other.
+        ("multiprocessing+initializer", 2, signal.SIGINT),
     ],
 )
-def test_a_signal_while_a_pool_is_set_up_ends_all(start, approach, number):
-    bench = start(approach, *ENDLESS)
+def test_a_signal_while_a_pool_is_set_up_ends_all(start, approach, num_cpus, number):
+    bench = start(approach, "--num-cpus", num_cpus, *ENDLESS)
     wait_until(lambda: any(map(has_tensorflow, bench.workers())))
     assert bench.rounds() == 0
     bench.results.write_text(EARLIER)

@@ -39,10 +39,7 @@ FIELDS = {
 }
 CUT_OFF = '{"approach": "ray", "num_c'  # A record that was being written when the power failed.
 
-pytestmark = [
-    pytest.mark.timeout(900),  # The first test waits for the installation.
-    pytest.mark.xdist_group("original"),  # One process, so that there is one `make`.
-]
+pytestmark = pytest.mark.timeout(900)  # The first test waits for the installation.
 
 # On core 0 loading takes longer. So in the next round its worker comes second, and gets another
 # core, if it may; and with --initializer another worker could take both of the first batches.

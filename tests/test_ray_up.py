@@ -25,8 +25,6 @@ import yaml
 from conftest import APPROACHES, ROOT
 from moto.server import ThreadedMotoServer
 
-pytestmark = pytest.mark.xdist_group("config")
-
 TEXT = (ROOT / "config.yaml").read_text()
 CONFIG = yaml.safe_load(TEXT)
 SHIMS = ROOT / "tests" / "shims"

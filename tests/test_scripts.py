@@ -146,7 +146,6 @@ def folder(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("snippets")
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_a_snippet_of_the_readme_gives_the_answers_of_its_model(
     index, trained, folder, environment, tmp_path
