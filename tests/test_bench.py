@@ -42,7 +42,9 @@ RUNS = {
 # What a user may have set for other programs.
 ODD_SETTINGS = {
     "KERAS_BACKEND": "torch",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "TF_CPP_MIN_LOG_LEVEL": "0",
+    "TF_USE_LEGACY_KERAS": "1",
     "RAY_worker_niceness": "7",
 }
 
