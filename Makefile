@@ -26,7 +26,7 @@ SWEEP = print(*sorted({count} | {2**i for i in range(count.bit_length())}))
 # What a user's shell exports for other programs must not decide here.
 unexport PIP_USER PIP_TARGET PIP_PREFIX
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS
-unexport RAY_ADDRESS KERAS_NNX_ENABLED TF_NUM_INTRAOP_THREADS
+unexport KERAS_NNX_ENABLED TF_NUM_INTRAOP_THREADS
 unexport TF_ENABLE_ONEDNN_OPTS TF_XLA_FLAGS XLA_FLAGS
 
 # In four passes each approach follows each other one once: what one leaves hits all alike.

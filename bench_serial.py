@@ -18,13 +18,13 @@ for this side.
     python bench_serial.py
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-predict() gets a Dataset without the autotuner, see without_autotuner(), instead of the array.
-With --array it gets the array.
+predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
+gets the array, as in the article.
 """
 
 import time
 
-STARTED = time.perf_counter()  # Set-up begins here and includes the imports below.
+STARTED = time.perf_counter()  # Set-up starts here, so that it includes the imports.
 import argparse
 import contextlib
 import hashlib
@@ -44,9 +44,9 @@ import psutil
 SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "-1",  # No GPU: this is about processor cores.
     "KERAS_BACKEND": "tensorflow",
-    "MPLBACKEND": "agg",  # Keras imports Matplotlib, and fails if a notebook's is not installed.
-    "TF_CPP_MIN_LOG_LEVEL": "3",  # Log fatal errors only; some notices still come.
-    "TF_USE_LEGACY_KERAS": "0",  # Keras 3 has made the model.
+    "MPLBACKEND": "agg",  # Keras imports Matplotlib, which can fail with a notebook's backend.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # Hide all messages but fatal errors; a few still appear.
+    "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
 if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the home folder.
@@ -67,7 +67,7 @@ def main():
     mnist = dict(np.load(arguments.data))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
     if not arguments.array:
-        x_test = without_autotuner(x_test)
+        x_test = dataset_without_autotuner(x_test)
 
     # One call before the clock starts: the first one takes longer.
     model.predict(x_test, verbose=0)
@@ -78,9 +78,11 @@ def main():
     for _ in range(arguments.rounds):
         start = time.perf_counter()
         results = [model.predict(x_test, verbose=0) for core in cores]
-        round_seconds.append(time.perf_counter() - start)
-        answers += [np.argmax(result, axis=1).astype("uint8") for result in results]
-        print(f"round {len(round_seconds)}: {round_seconds[-1]:.3f} s", flush=True)
+        seconds = time.perf_counter() - start
+
+        round_seconds.append(seconds)
+        answers += [result.argmax(axis=1) for result in results]
+        print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
     record(arguments, "serial", setup_seconds, round_seconds, answers)
 
@@ -89,9 +91,10 @@ def main():
 
 
 def pin(cpus):
-    """Keep this process, with all its threads, on these CPUs. As in the article, on Linux only.
+    """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    Linux pins threads one by one: those that run already would stay where they are.
+    Linux pins each thread by itself: the affinity of a process is that of its main thread.
+    Threads that start later inherit it.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -100,10 +103,10 @@ def pin(cpus):
 
 
 def physical_cores(count=None):
-    """Return one CPU for each physical core that this process may use, or for `count` of them.
+    """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) counts: with a quota of two cores, two are returned.
-    Exits if `count` is not between one and the number of cores.
+    A container's CPU quota (cgroup v2) is a limit, too: if it is two cores, two are returned.
+    Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())
@@ -113,30 +116,27 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = (
-            siblings.read_text() if siblings.exists() else cpu
-        )  # Hyper-threads of a core share it.
-        first_cpu.setdefault(core, cpu)
+        hyper_threads = siblings.read_text() if siblings.exists() else cpu
+        first_cpu.setdefault(hyper_threads, cpu)
     cores = list(first_cpu.values())
 
-    cpu_max = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" means two cores.
-    if cpu_max.exists() and not cpu_max.read_text().startswith("max"):
-        quota, period = map(int, cpu_max.read_text().split())
-        cores = cores[: max(1, quota // period)]
+    cpu_max = Path("/sys/fs/cgroup/cpu.max")
+    if cpu_max.exists():
+        quota, period = cpu_max.read_text().split()  # "200000 100000" is two cores.
+        if quota != "max":
+            cores = cores[: max(1, int(quota) // int(period))]
 
-    if count is None:
-        return cores
-    if not 1 <= count <= len(cores):
-        sys.exit(f"--num-cpus {count}: this process may use 1 to {len(cores)} physical cores")
+    if count is not None and count > len(cores):
+        sys.exit(f"--num-cpus {count}: only {len(cores)} physical cores are available")
     return cores[:count]
 
 
-def without_autotuner(x_test):
-    """Return a Dataset of the same batches of 32 images that model.predict() makes of an array.
+def dataset_without_autotuner(x_test):
+    """Return the images as a Dataset, in the batches of 32 that model.predict() would make.
 
-    For an array predict() starts tf.data's autotuner. On a pinned core, stopping the autotuner
-    can take as long as the prediction itself. For a Dataset it can be switched off. predict() also
-    makes an array of float64 one of float32 in every call, which is done here instead.
+    Given an array, each predict() converts it to float32, makes a Dataset of it, and starts and
+    stops tf.data's autotuner. On a pinned core, the stop can take as long as the prediction. In
+    a Dataset of our own, the autotuner can be switched off.
     """
     import tensorflow as tf
 
@@ -148,23 +148,24 @@ def without_autotuner(x_test):
 
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
-    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="workers, one for each core; default: all")
-    parser.add_argument(
-        "--array", action="store_true", help="give predict() the array, as the article does"
-    )
-    parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
-    parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
-    parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
+    flag = parser.add_argument
+    flag("--rounds", type=int, default=10, help="default: %(default)s")
+    flag("--num-cpus", type=int, help="batches in a round; default: one for each core")
+    flag("--array", action="store_true", help="give predict() the array, as the article does")
+    flag("--model", default="/tmp/model.keras", help="default: %(default)s")
+    flag("--data", default="/tmp/mnist.npz", help="default: %(default)s")
+    flag("--output", default="results.jsonl", help="the run is appended; default: %(default)s")
     arguments = parser.parse_args()
 
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if arguments.num_cpus is not None and arguments.num_cpus < 1:
+        parser.error("--num-cpus must be at least 1")
     for file in (arguments.model, arguments.data):
         if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
             parser.error(f"{file} is missing or damaged: run train_model.py")
     try:
-        open(arguments.output, "a").close()  # It is better to fail now than after the run.
+        open(arguments.output, "a").close()  # Fail now rather than after the run.
     except OSError as error:
         parser.error(f"cannot write the results: {error}")
     return arguments
@@ -173,25 +174,11 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for each call in each round, the predicted labels, an array of shape (images,).
+    answers: for each call in each round, the predicted labels, integers of shape (images,).
     """
     mnist = np.load(arguments.data)
-    if not all(np.array_equal(labels, answers[0]) for labels in answers):
-        sys.exit("not recorded: the answers differ between workers or between rounds")
-    accuracy = np.mean(answers[0] == mnist["y_test"])
-    if accuracy < 0.9:
-        sys.exit(
-            f"not recorded: {accuracy:.1%} of the answers are right, fewer than 90 %. Was "
-            f"{arguments.model} trained on {arguments.data}, and are its pixels 0 to 255?"
-        )
-
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    model_name = re.search(r"model name\s*: (.*)", cpuinfo)  # ARM has none.
-    processor = model_name[1] if model_name else platform.machine()
-    physical = psutil.cpu_count(logical=False)
-    cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
+    accuracy = check(arguments, answers, mnist["y_test"])
     distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
-
     run = {
         "approach": approach,
         "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
@@ -200,10 +187,10 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0]),
+        "labels": digest(answers[0].astype("uint8")),
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
-        "machine": f"{processor}, {cores}, {sys.platform}",
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(distributions[name][0]) for name in PACKAGES},
@@ -212,14 +199,36 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     }
     with open(arguments.output, "a") as output:
         print(json.dumps(run), file=output)
-    seconds = sum(round_seconds)
-    print(
-        f"{approach}: {seconds:.3f} s, after {setup_seconds:.1f} s of set-up; {accuracy:.1%} right"
-    )
+
+    seconds = f"{sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up"
+    print(f"{approach}: {seconds}; {accuracy:.1%} right")
+
+
+def check(arguments, answers, y_test):
+    """Return the share of right answers; exit if answers differ, or if too many are wrong."""
+    if not all(np.array_equal(labels, answers[0]) for labels in answers):
+        sys.exit("not recorded: the answers differ between workers or between rounds")
+    accuracy = np.mean(answers[0] == y_test)
+    if accuracy < 0.9:
+        sys.exit(
+            f"not recorded: only {accuracy:.1%} of the answers are right. Was {arguments.model} "
+            f"trained on {arguments.data}, and are the pixels 0 to 255?"
+        )
+    return accuracy
+
+
+def machine():
+    """Return the processor, its cores and the system."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model_name = re.search(r"model name\s*: (.*)", cpuinfo)  # ARM has no such line.
+    processor = model_name[1] if model_name else platform.machine()
+    physical = psutil.cpu_count(logical=False)
+    cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
+    return f"{processor}, {cores}, {sys.platform}"
 
 
 def digest(*parts):
-    """Return the SHA-256 of the contents. That of a whole file changes with the dates in it."""
+    """Return the SHA-256 of the parts. That of a file would change with the dates stored in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -9,6 +9,7 @@
 Only tables are written here. The sentences around them are written by people: read them again.
 """
 
+import json
 import re
 import sys
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import analyze
 from analyze import INITIALIZER, POOL, RAY, SERIAL, compare, markdown_table, three_digits
 
+ONE_CORE = "serial+one_core"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -46,6 +49,7 @@ def main():
             sys.exit(f"out of date: {', '.join(out_of_date)}: run docs/measured.py")
     else:
         draw_then_and_now().savefig(RESULTS / "then-and-now.png", dpi=150)
+        draw_lengths().savefig(RESULTS / "length.png", dpi=150)
 
 
 def groups(*names, **conditions):
@@ -87,51 +91,64 @@ def table(titles, rows):
     return f"\n{markdown_table(titles, rows)}\n"
 
 
+def lines_of(name, **conditions):
+    """Return those lines of a file of results/ that have these values, as dictionaries."""
+    lines = map(json.loads, (RESULTS / name).read_text().splitlines())
+    return [line for line in lines if conditions.items() <= line.items()]
+
+
+def median_rounds(lines):
+    """Return the median round of each run, in the order of the runs, an array of seconds."""
+    return np.array([np.median(line["round_seconds"]) for line in lines])
+
+
+def paired_ratio(seconds, other_seconds):
+    """Return "1.92 (1.85 to 1.99)": the geometric mean of the ratios of the runs, and its interval.
+
+    The k-th values of both are from the same run.
+    """
+    logs = np.log(seconds) - np.log(other_seconds)
+    low, high = np.exp(stats.ttest_1samp(logs, 0).confidence_interval(0.95))
+    ratio = three_digits(np.exp(np.mean(logs)))
+    return f"{ratio} ({three_digits(low)} to {three_digits(high)})"
+
+
+def median_and_range(values):
+    """Return "1.92 (1.85 to 1.99)": the median of several runs, the smallest and the largest."""
+    if len(values) == 1:
+        return three_digits(values[0])
+    ends = f"{three_digits(min(values))} to {three_digits(max(values))}"
+    return f"{three_digits(np.median(values))} ({ends})"
+
+
 # README.md
 
 
 def run():
     """What `python bench_ray.py --rounds 3` has printed."""
-    return f"\n```console\n{(RESULTS / 'run.txt').read_text()}```\n\n"
+    printed = (RESULTS / "run.txt").read_text()
+    return f"\n```console\n$ python bench_ray.py --rounds 3\n{printed}```\n\n"
 
 
 def results():
     """Both stacks beside the published figures."""
-    today = most_cores("results.jsonl", array=False, rounds=10)
-    then = most_cores("original.jsonl", rounds=50)
+    fifty_rounds = most_cores("original.jsonl", rounds=50)
+    columns = {
+        "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
+        "2019, new pool": (most_cores("original.jsonl", rounds=10), 1),
+        "2019, mean of five tens": (fifty_rounds, 5),
+    }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
-        tens = analyze.sums_of_tens(then[approach])
-        of_ray = analyze.sums_of_tens(then[RAY])
-        ratios = [
-            ratio(today[approach], today[RAY]),
-            three_digits(tens[0] / of_ray[0]),
-            three_digits(tens.sum() / of_ray.sum()),
-        ]
-        if approach == RAY:
-            ratios = ["", "", ""]
-        row = [
-            approach,
-            three_digits(today[approach].mean),
-            ratios[0],
-            three_digits(tens[0]),
-            ratios[1],
-            three_digits(tens.mean()),
-            ratios[2],
-            analyze.PUBLISHED.get(approach, ""),
-        ]
+        row = [approach]
+        for samples, tens in columns.values():
+            cell = f"{three_digits(samples[approach].mean / tens)} s"
+            if approach != RAY:
+                cell += f", {three_digits(compare(samples[approach], samples[RAY]).ratio)}x"
+            row.append(cell)
+        row.append(analyze.PUBLISHED.get(approach, ""))
         rows.append(row)
-    titles = [
-        "approach",
-        "today, s",
-        "times Ray's",
-        "2019, first ten rounds, s",
-        "times Ray's",
-        "2019, mean of five tens, s",
-        "times Ray's",
-        "published, 48 cores",
-    ]
-    return table(titles, rows)
+    return table(["approach", *columns, "published, 48 cores"], rows)
 
 
 # docs/measuring.md
@@ -187,36 +204,323 @@ def waits():
 
 def claims():
     """The article's claims on both stacks, against both baselines of serial Python."""
-    rows = []
     stacks = {
-        "today": most_cores("results.jsonl", array=False, rounds=10),
-        "today, --array": most_cores("results.jsonl", array=True, rounds=10),
-        "2019, 50 rounds": most_cores("original.jsonl", rounds=50),
+        "today": with_one_core("results.jsonl", array=False),
+        "today, --array": with_one_core("results.jsonl", array=True),
+        "2019, new pool": most_cores("original.jsonl", rounds=10),
+        "2019, fifty rounds": most_cores("original.jsonl", rounds=50),
     }
+    claims = [
+        ("Ray is faster than the pool", "pool / Ray", POOL, RAY),
+        ("Ray is faster than serial", "serial / Ray", SERIAL, RAY),
+        ("the same", "serial on one core / Ray", ONE_CORE, RAY),
+        ("the pool is not faster than serial", "pool / serial", POOL, SERIAL),
+        ("the same", "pool / serial on one core", POOL, ONE_CORE),
+    ]
+    rows = []
     for stack, samples in stacks.items():
-        pairs = {
-            "Ray is faster than the pool: pool / Ray": (POOL, RAY),
-            "Ray is faster than serial: serial / Ray": (SERIAL, RAY),
-            "the same, serial on one core": ("serial+one_core", RAY),
-            "the pool is not faster than serial: pool / serial": (POOL, SERIAL),
-            "the same, serial on one core ": (POOL, "serial+one_core"),
-        }
-        for claim, (first, second) in pairs.items():
-            if first in samples and second in samples:
-                comparison = compare(samples[first], samples[second])
-                verdict = "not decided"
-                if np.isnan(comparison.low):
-                    verdict = "one run"
-                if comparison.low > 1:
-                    verdict = "holds"
-                if comparison.high < 1:
-                    verdict = "does not hold here"
-                text = ratio(samples[first], samples[second])
-                rows.append([stack, claim.strip(), text, verdict])
-    return table(["stack", "the article's claim", "here", "verdict"], rows)
+        for claim, quotient, first, second in claims:
+            comparison = compare(samples[first], samples[second])
+            verdict = "not decided"
+            if comparison.low > 1:
+                verdict = "holds"
+            if comparison.high < 1:
+                verdict = "does not hold here"
+            here = ratio(samples[first], samples[second])
+            rows.append([stack, claim, quotient, here, verdict])
+    return table(["stack", "the article's claim", "ratio", "here", "verdict"], rows)
+
+
+def with_one_core(name, **conditions):
+    """Return the samples of the most cores, and one of serial Python on a single core.
+
+    On one core, a round is one batch. So its seconds count as often as there are cores.
+    """
+    [one_core] = groups(name, rounds=10, num_cpus=1, **conditions)
+    samples = most_cores(name, rounds=10, **conditions)
+    cores = samples[SERIAL].trials[0].num_cpus
+    trials = []
+    for trial in one_core.samples[SERIAL].trials:
+        round_seconds = [cores * seconds for seconds in trial.round_seconds]
+        changed = {"approach": ONE_CORE, "round_seconds": round_seconds}
+        trials.append(trial.model_copy(update=changed))
+    return {**samples, ONE_CORE: analyze.Sample(trials)}
+
+
+def parts():
+    """What a call pays for reloading, step by step, beside what it pays in all."""
+    lines = lines_of("overhead.jsonl", experiment="parts")
+    seconds = {
+        name: np.array([line[name] for line in lines])
+        for name in lines[0]
+        if name.endswith("_seconds")
+    }
+    tracing = seconds["first_predict_seconds"] - seconds["second_predict_seconds"]
+    steps = {
+        "pinning the process": seconds["pin_seconds"],
+        "`load_model`": seconds["load_model_seconds"],
+        "reading the test images": seconds["read_needed_seconds"],
+        "reading the other three arrays, which no call uses": seconds["read_unneeded_seconds"],
+        "dividing by 255, making the Dataset": seconds["prepare_seconds"],
+        "tracing: the first `predict` minus the second": tracing,
+    }
+    measured = seconds["pool_round_seconds"] - seconds["initializer_round_seconds"]
+    steps["sum of these steps"] = sum(steps.values())
+    steps["measured r: a round of the pool minus one of the initializer's"] = measured
+    rows = [
+        [step, median_and_range(values), f"{np.median(values / measured):.0%}"]
+        for step, values in steps.items()
+    ]
+    return table(["step", "s", "share of r"], rows)
+
+
+def length():
+    """Pools that reload and that do not, for calls of several lengths."""
+    rows = [
+        [
+            f"{size:,}",
+            three_digits(np.median(loaded)),
+            three_digits(np.median(reloading)),
+            paired_ratio(reloading, loaded),
+            three_digits(np.median(predicted)),
+        ]
+        for size, reloading, loaded, predicted in lengths()
+    ]
+    titles = [
+        "images in a step",
+        "t: initializer, s",
+        "pool, s",
+        "pool / initializer",
+        "1 + r/t",
+    ]
+    return table(titles, rows)
+
+
+def lengths():
+    """Yield the number of images in a step, the median rounds of both pools, and 1 + r/t.
+
+    r is from the rounds with 32 images in a step, and the same for all lengths.
+    """
+    lines = lines_of("overhead.jsonl", experiment="length")
+    rounds = {}
+    for line in lines:
+        rounds.setdefault((line["what"], line["batch_size"]), []).append(line)
+    rounds = {key: median_rounds(found) for key, found in rounds.items()}
+    r = rounds[POOL, 32] - rounds[INITIALIZER, 32]
+    for size in sorted({line["batch_size"] for line in lines}):
+        loaded = rounds[INITIALIZER, size]
+        yield size, rounds[POOL, size], loaded, 1 + r / loaded
+
+
+def draw_lengths():
+    """Draw the measured pool / initializer over the length of a call, and 1 + r/t."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    length_seconds = []
+    predictions = []
+    for size, reloading, loaded, predicted in lengths():
+        axes.plot(loaded, reloading / loaded, "o", markersize=4, color=analyze.COLOURS[POOL])
+        axes.annotate(
+            f"{size:,} images in a step",
+            (np.median(loaded), np.median(reloading / loaded)),
+            xytext=(8, 0),
+            textcoords="offset points",
+            fontsize="small",
+            va="center",
+        )
+        length_seconds.append(np.median(loaded))
+        predictions.append(np.median((predicted - 1) * loaded))
+    t = np.geomspace(min(length_seconds) / 1.2, max(length_seconds) * 2.5, 100)
+    axes.plot(t, 1 + predictions[0] / t, color="black", linewidth=1, label="1 + r/t")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("t: seconds of a round that does not reload")
+    axes.set_ylabel("pool / initializer")
+    axes.legend()
+    return figure
+
+
+def beside():
+    """Threads, executors, and a pool beside Ray: each with what it took turns with."""
+    comparisons = [
+        ("threads", "threads", INITIALIZER),
+        ("threads", SERIAL, INITIALIZER),
+        ("executors", "executors", INITIALIZER),
+        ("idle", "beside idle Ray", "beside suspended Ray"),
+    ]
+    names = {
+        "threads": "one process with a thread and a model for each core",
+        SERIAL: "serial, on all cores",
+        "executors": "a list of executors of one worker, each with a model of its own",
+        "beside idle Ray": "multiprocessing+initializer beside an idle Ray",
+        "beside suspended Ray": "the same beside a suspended Ray",
+    }
+    rows = []
+    for experiment, first, second in comparisons:
+        seconds, other_seconds = (
+            median_rounds(lines_of("overhead.jsonl", experiment=experiment, what=what))
+            for what in (first, second)
+        )
+        row = [
+            names[first],
+            names.get(second, second),
+            three_digits(np.median(seconds)),
+            three_digits(np.median(other_seconds)),
+            paired_ratio(seconds, other_seconds),
+        ]
+        rows.append(row)
+    return table(["this", "beside this", "this, s", "that, s", "times as long"], rows)
+
+
+def memory():
+    """What each bench script takes, with all its processes."""
+    rows = []
+    for approach in (SERIAL, POOL, INITIALIZER, RAY):
+        lines = lines_of("overhead.jsonl", experiment="memory", what=approach)
+        of_ray = np.array([line["memory_of_ray_bytes"] for line in lines]) / 1e6
+        row = [
+            approach,
+            median_and_range(np.array([line["memory_bytes"] for line in lines]) / 1e6),
+            median_and_range(of_ray) if approach == RAY else "",
+            str(int(np.median([line["processes"] for line in lines]))),
+        ]
+        rows.append(row)
+    return table(["approach", "MB", "of which Ray's own processes", "processes"], rows)
 
 
 # docs/why-25x.md
+
+
+def growth():
+    """What the stateless call takes and leaves behind, again and again in one process."""
+    tens = [(2, 10), (11, 20), (21, 30), (31, 40), (41, 50)]
+    rows = []
+    for (tensorflow, variant), runs in runs_of_growth().items():
+        row = [tensorflow, variant, str(len(runs))]
+        for first, last in tens:
+            medians = [
+                np.median([line["seconds"] for line in run if first <= line["call"] <= last])
+                for run in runs
+                if len(run) >= last
+            ]
+            row.append(median_and_range(medians) if medians else "")
+        for name, unit in (("operations", 1), ("objects", 1), ("resident_bytes", 1e6)):
+            row.append(", ".join(median_after(runs, call, name, unit) for call in (2, 10, 40)))
+        rows.append(row)
+    titles = [
+        "TensorFlow",
+        "variant",
+        "runs",
+        *[f"calls {first} to {last}, s" for first, last in tens],
+        "operations after calls 2, 10, 40",
+        "Python objects",
+        "MB",
+    ]
+    return table(titles, rows)
+
+
+def runs_of_growth():
+    """Return the runs of growth.py that have no profile.
+
+    Returns {(version, variant): [the lines of a run, ...]}.
+    """
+    lines = lines_of("growth.jsonl")
+    profiled = {line["run"] for line in lines if line["profile"]}
+    flags = ["clear_session", "fresh_session", "without_autotuner", "collect"]
+    runs = {}
+    for line in lines:
+        if line["run"] not in profiled:
+            variant = ", ".join(flag for flag in flags if line[flag]).replace("_", " ")
+            found = runs.setdefault((line["tensorflow"], variant), {})
+            found.setdefault(line["run"], []).append(line)
+    return {key: list(found.values()) for key, found in sorted(runs.items())}
+
+
+def median_after(runs, call, name, unit):
+    """Return the median over the runs of what was counted after a call."""
+    values = [line[name] for run in runs for line in run if line["call"] == call]
+    if None in values:
+        return "none"
+    return f"{np.median(values) / unit:,.0f}"
+
+
+def profile():
+    """Where calls spend their time, by cProfile, under TensorFlow 1.13.1."""
+    calls = [line for line in lines_of("growth.jsonl") if line["profile"]]
+    names = {
+        "ExtendSession": "ExtendSession",
+        "TF_SessionRun_wrapper": "Session.run",
+        "TF_SessionMakeCallable": "making the step",
+        "TF_SessionRunCallable": "the steps",
+    }
+    rows = []
+    for function, part in (("load_model", "load_seconds"), ("predict", "predict_seconds")):
+        rest = np.array([call[part] for call in calls])
+        for name, title in names.items():
+            if name in calls[0]["profile"][function]:
+                found = [call["profile"][function][name] for call in calls]
+                seconds = np.array([own for _, own in found])
+                rest = rest - seconds
+                rows.append([f"`{function}`: {title}, {found[0][0]} times", *seconds])
+        rows.append([f"`{function}`: the rest", *rest])
+    rows.append(["reading the data", *(sum(call["read_seconds"].values()) for call in calls)])
+    rows.append(["the whole call, by the clock", *(call["seconds"] for call in calls)])
+    rows = [
+        [title, *map(three_digits, seconds), three_digits(seconds[-1] - seconds[0])]
+        for title, *seconds in rows
+    ]
+    titles = [f"call {call['call']}, s" for call in calls]
+    return table(["where", *titles, "last - first, s"], rows)
+
+
+def per_operation():
+    """Seconds of the two C functions for each operation of the graph that they have to prepare."""
+    rows = []
+    for call in (line for line in lines_of("growth.jsonl") if line["profile"]):
+        row = [str(call["call"]), f"{call['operations']:,}"]
+        for name in ("ExtendSession", "TF_SessionRun_wrapper"):
+            found = [part.get(name, [0, 0]) for part in call["profile"].values()]
+            count = sum(calls for calls, _ in found)
+            seconds = sum(own for _, own in found)
+            row.append(three_digits(1e6 * seconds / count / call["operations"]))
+        rows.append(row)
+    titles = [
+        "call",
+        "operations in the graph",
+        "ExtendSession, µs for each of them",
+        "Session.run, µs for each of them",
+    ]
+    return table(titles, rows)
+
+
+def new_pools():
+    """2019: ten rounds in a pool of their own, as the article shows them."""
+    [group] = groups("original.jsonl", rounds=10)
+    of_ray = group.samples[RAY]
+    of_pool = group.samples[POOL]
+    rows = [
+        [
+            approach,
+            str(len(sample.trials)),
+            three_digits(sample.mean),
+            three_digits(np.median(sample.rounds[:, 0])),
+            three_digits(np.median(sample.rounds[:, -1])),
+            ratio(sample, of_ray) if approach != RAY else "",
+            ratio(sample, of_pool) if approach != POOL else "",
+        ]
+        for approach, sample in group.samples.items()
+    ]
+    titles = [
+        "approach",
+        "runs",
+        "seconds of ten rounds",
+        "first round, s",
+        "tenth round, s",
+        "times as long as Ray",
+        "times as long as the pool",
+    ]
+    return table(titles, rows) + "\n" + conditions_line(group)
 
 
 def stacks():
@@ -267,7 +571,7 @@ def per_trial_range(sample, of_ray):
 
 
 def draw_then_and_now():
-    """Draw each round of the first run of fifty on both stacks."""
+    """Draw each round of the runs of fifty, on both stacks."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     then = most_cores("original.jsonl", rounds=50)
@@ -275,7 +579,8 @@ def draw_then_and_now():
     for axes, samples, title in ((left, then, "2019"), (right, now, "today")):
         for approach, sample in samples.items():
             colour = analyze.COLOURS[approach]
-            axes.plot(range(1, 51), sample.rounds[0], ".", color=colour, label=approach)
+            axes.plot(range(1, 51), sample.rounds.T, ".", markersize=3, color=colour)
+            axes.plot([], [], ".", color=colour, label=approach)
         axes.set_title(title, loc="left")
         axes.set_xlabel("round of one process")
     left.set_ylabel("seconds of a round")
@@ -291,7 +596,15 @@ TABLES = {
     "full": full,
     "waits": waits,
     "claims": claims,
+    "parts": parts,
+    "length": length,
+    "beside": beside,
+    "memory": memory,
+    "new_pools": new_pools,
     "stacks": stacks,
+    "growth": growth,
+    "profile": profile,
+    "per_operation": per_operation,
 }
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -41,14 +40,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import bench_ray
 from bench_multiprocessing import (
+    dataset_without_autotuner,
     digest,
     evaluate_next_batch,
     evaluate_next_batch_loaded,
     initialize,
+    machine,
     physical_cores,
     pin,
     pool_map,
-    without_autotuner,
 )
 from bench_ray import ray
 
@@ -58,7 +58,7 @@ BENCH_SCRIPTS = {
     "serial": ["bench_serial.py"],
     "multiprocessing": ["bench_multiprocessing.py"],
     "multiprocessing+initializer": ["bench_multiprocessing.py", "--initializer"],
-    "ray": ["bench_ray.py", "--address", "local"],
+    "ray": ["bench_ray.py"],
 }
 
 
@@ -160,7 +160,7 @@ def evaluate_in_steps(filename, datafile, core):
         mnist[name] = archive[name]
     all_read = time.perf_counter()
 
-    x_test = without_autotuner(mnist["x_test"] / 255.0)
+    x_test = dataset_without_autotuner(mnist["x_test"] / 255.0)
     prepared = time.perf_counter()
     model.predict(x_test, verbose=0)  # It traces the model.
     predicted = time.perf_counter()
@@ -238,7 +238,7 @@ def evaluate_length_loaded(batch_size, core):
 
 
 def in_batches(x_test, batch_size):
-    """Do as without_autotuner(), for batches of any size."""
+    """Do as dataset_without_autotuner(), for batches of any size."""
     import tensorflow as tf
 
     options = tf.data.Options()
@@ -289,7 +289,7 @@ def load(filename, datafile, cores, count):
     pin(cores)
     models = [tf.keras.models.load_model(filename) for _ in range(count)]
     mnist = dict(np.load(datafile))
-    x_tests = [without_autotuner(mnist["x_test"] / 255.0) for _ in range(count)]
+    x_tests = [dataset_without_autotuner(mnist["x_test"] / 255.0) for _ in range(count)]
     thread_pool = ThreadPoolExecutor(count)
 
 
@@ -371,7 +371,7 @@ def write_models(filename, datafile, new_filenames):
 
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))
-    x_test = without_autotuner(mnist["x_test"] / 255.0)
+    x_test = dataset_without_autotuner(mnist["x_test"] / 255.0)
     kernel, bias = model.layers[-1].get_weights()
     labels = []
     for i, new_filename in enumerate(new_filenames):
@@ -586,16 +586,11 @@ def record(arguments, experiment, run, what, measured):
 def conditions(filename, datafile):
     """Return what a record says of the model, the data, the machine and the versions."""
     mnist = np.load(datafile)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    model_name = re.search(r"model name\s*: (.*)", cpuinfo)  # ARM has none.
-    processor = model_name[1] if model_name else platform.machine()
-    physical = psutil.cpu_count(logical=False)
-    cores = f"{physical} physical cores" if physical else f"{os.cpu_count()} CPUs"
     distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
     return {
         "model": digest(zipfile.ZipFile(filename).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
-        "machine": f"{processor}, {cores}, {sys.platform}",
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(distributions[name][0]) for name in bench_ray.PACKAGES},

@@ -109,7 +109,7 @@ def actors(node):
 
 
 def test_a_private_ray_listens_on_loopback_alone_and_leaves_a_running_cluster_alone(cluster, start):
-    flags = ["--address", "local", "--num-cpus", 1, "--rounds", 20]
+    flags = ["--num-cpus", 1, "--rounds", 20]
     bench = start("ray", *flags, RAY_ADDRESS=cluster.address, **cluster.environment)
     bench.wait_for("round 1:")
     bench.process.suspend()
@@ -163,14 +163,12 @@ def two_nodes(cluster):
         yield {FIRST: first, LAST: last}
 
 
-@pytest.mark.parametrize("num_cpus", [0, 5])
-def test_a_number_of_cpus_that_the_cluster_has_not_is_told(cluster, two_nodes, start, num_cpus):
-    flags = ["--address", cluster.address, "--num-cpus", num_cpus]
+def test_a_number_of_cpus_that_the_cluster_has_not_is_told(cluster, two_nodes, start):
+    flags = ["--address", cluster.address, "--num-cpus", 5]
     bench = start("ray", *flags, **cluster.environment)
     status, stdout, stderr = bench.finish()
     assert (status, stdout, stderr.count("\n")) == (1, "", 1)
-    assert f"{cluster.address} has 4 CPUs" in stderr
-    assert str(num_cpus) in stderr.replace(cluster.address, "")
+    assert f"{cluster.address} has 4 CPUs: too few" in stderr
     assert bench.records() == []
 
 
@@ -180,14 +178,15 @@ def test_a_job_uses_as_many_cpus_of_the_cluster_as_it_is_told(
 ):
     """More than the one core that the script itself may use.
 
-    `ray job submit` tells the script the address, by RAY_ADDRESS, and gives it a working directory.
+    `ray job submit` tells `--address auto` the address, and gives the script a working directory.
     """
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     before = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
     before += ["--address", f"http://{cluster.head_node.webui_url}", "--working-dir", tmp_path]
     before += ["--", "env", f"TMPDIR={temporary}", "taskset", "--cpu-list", FIRST]
-    bench = start("ray", "--num-cpus", 3, "--rounds", 200, before=before, **cluster.environment)
+    flags = ["--address", "auto", "--num-cpus", 3, "--rounds", 200]
+    bench = start("ray", *flags, before=before, **cluster.environment)
     bench.wait_for("round 1:")
 
     assert sorted(len(actors(node)) for node in two_nodes.values()) == [1, 2]

@@ -70,6 +70,7 @@ WRONG = [
     "--rounds -1",
     "--rounds x",
     "--num-cpus 0",
+    "--num-cpus -1",
     "--num-cpus 100000",
     "--nonsense",
 ]
