@@ -125,9 +125,8 @@ def median_and_range(values):
 
 
 def run():
-    """What `python bench_ray.py --rounds 3` has printed."""
-    printed = (RESULTS / "run.txt").read_text()
-    return f"\n```console\n$ python bench_ray.py --rounds 3\n{printed}```\n\n"
+    """Two commands, and what they have printed."""
+    return f"\n```console\n{(RESULTS / 'run.txt').read_text()}```\n\n"
 
 
 def results():
