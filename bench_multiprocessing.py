@@ -24,7 +24,8 @@ If a worker dies, the script ends and records nothing.
 What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - The pool does one round before the clock starts.
-- All threads of a worker are pinned to a physical core. The article pins only the main thread.
+- Each call has a physical core of its own, for all threads of its worker. The article uses the
+  CPUs 0, 1, 2, ..., which can share a core, and a later call moves the main thread only.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
 """
@@ -65,12 +66,12 @@ if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the hom
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 
-# Otherwise TensorFlow warns in every call, because each call traces a new model.
+# Otherwise TensorFlow warns in every call that it traces a model again.
 logging.getLogger("tensorflow").setLevel("ERROR")
 
 
 def evaluate_next_batch(filename, datafile, as_array, core):
-    import tensorflow as tf  # Only in the workers: a fork of a running TensorFlow can hang.
+    import tensorflow as tf  # Only here: a process forked after TensorFlow has started can hang.
 
     # Pin each call to one core. Otherwise the TensorFlow threads of all workers compete.
     pin([core])
@@ -94,7 +95,9 @@ def initialize(filename, datafile, as_array, cores, barrier):
     x_test = mnist["x_test"] / 255.0
     if not as_array:
         x_test = dataset_without_autotuner(x_test)
-    barrier.wait()  # Otherwise a worker that is ready early could take two batches of a round.
+    # Otherwise a worker that is ready early takes two batches of the first round, and a late one
+    # makes its first, slower prediction while the clock runs.
+    barrier.wait()
 
 
 def evaluate_next_batch_loaded(core):
@@ -120,18 +123,18 @@ def main():
         barrier = Barrier(len(cores))
         pool = Pool(len(cores), initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
-    workers = active_children()  # The pool would replace one that dies; pool_map() has to notice.
+    workers = active_children()  # The pool silently replaces one that dies; wait_for() notices.
 
     # One round before the clock starts: the workers import TensorFlow. With --initializer, this
     # is also where they load, and where the first, slower prediction is made.
-    pool_map(pool, workers, evaluate, cores)
+    wait_for(pool.map_async(evaluate, cores), workers)
     setup_seconds = time.perf_counter() - STARTED
 
     round_seconds = []
     answers = []
     for _ in range(arguments.rounds):
         start = time.perf_counter()
-        results = pool_map(pool, workers, evaluate, cores)
+        results = wait_for(pool.map_async(evaluate, cores), workers)
         seconds = time.perf_counter() - start
 
         round_seconds.append(seconds)
@@ -142,9 +145,8 @@ def main():
     record(arguments, approach, setup_seconds, round_seconds, answers, start_method=method)
 
 
-def pool_map(pool, workers, function, cores):
-    """Return what pool.map() returns, but exit if a worker has died: it would wait forever."""
-    results = pool.map_async(function, cores)
+def wait_for(results, workers):
+    """Return results.get(), as pool.map() does, but exit if a worker has died: get() would hang."""
     while not results.ready():
         results.wait(timeout=1)  # Returns as soon as the results are there.
         dead = [worker for worker in workers if worker.exitcode is not None]
@@ -163,19 +165,19 @@ def pool_map(pool, workers, function, cores):
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    Linux pins each thread by itself: the affinity of a process is that of its main thread.
-    Threads that start later inherit it.
+    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
+    its main thread, which threads that start later inherit.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
-            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity(cpus)
+            with contextlib.suppress(ProcessLookupError):  # It has just ended.
+                os.sched_setaffinity(thread.id, cpus)
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) is a limit, too: if it is two cores, two are returned.
+    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -218,13 +220,12 @@ def dataset_without_autotuner(x_test):
 
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
-    flag = parser.add_argument
-    flag("--rounds", type=int, default=10, help="default: %(default)s")
-    flag("--num-cpus", type=int, help="batches in a round; default: one for each core")
-    flag("--array", action="store_true", help="give predict() the array, as the article does")
-    flag("--model", default="/tmp/model.keras", help="default: %(default)s")
-    flag("--data", default="/tmp/mnist.npz", help="default: %(default)s")
-    flag("--output", default="results.jsonl", help="the run is appended; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument("--array", action="store_true", help="call predict() as the article does")
+    parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
+    parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
+    parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
     arguments = parser.parse_args()
 
     if arguments.rounds < 1:
@@ -251,7 +252,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
+        "num_cpus": len(answers) // arguments.rounds,  # batches in a round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -298,7 +299,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a file would change with the dates stored in it."""
+    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -18,12 +18,13 @@ without Python multiprocessing". In each round, every actor classifies all test 
     python bench_ray.py --address auto  # on a running cluster, with an actor for each CPU
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-If an actor dies, Ray starts it again, and that round takes longer.
+If an actor dies, Ray starts it again. That round takes longer, and analyze.py points to it.
 
 What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Each actor loads and predicts once before the clock starts.
-- All threads of an actor are pinned to a physical core. The article pins only the main thread.
+- Each actor has a physical core of its own, for all its threads. The article uses the CPUs 0, 1,
+  2, ..., which can share a core, and it does not pin the threads that Ray has already started.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
@@ -58,9 +59,10 @@ SETTINGS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # Hide all messages but fatal errors; a few still appear.
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
+# These are for this process and a private Ray. The actors on a cluster get only those above.
 RAY_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, start workers with plain Python.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too: a private Ray stays on 127.0.0.1.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too: a private Ray uses only 127.0.0.1.
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our working directory replaces the job's.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
@@ -99,17 +101,17 @@ class Model:
 
 def main():
     parser = argparse.ArgumentParser(description="Time batch prediction with Ray actors.")
-    parser.add_argument("--address", help="a cluster's, or auto; default: start a private Ray")
+    parser.add_argument("--address", help="of a cluster, or auto; default: start a private Ray")
     arguments = parse_arguments(parser)
 
-    filename, datafile, as_array = arguments.model, arguments.data, arguments.array
     if arguments.address is None:
+        filename, datafile, as_array = arguments.model, arguments.data, arguments.array
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init(
             "local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=10**9,  # A gigabyte is plenty. By default, Ray takes 30 % of all.
+            object_store_memory=10**9,  # 1 GB is plenty. By default, Ray reserves 30 %.
             **QUIET,
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]
@@ -137,11 +139,12 @@ def main():
 
 
 def start_on_cluster(arguments):
-    """Connect to a running cluster, and start an actor for each CPU that its nodes advertise.
+    """Connect to a running cluster, and start an actor for each CPU that its nodes offer.
 
     Start the nodes with `ray start --num-cpus=<physical cores>`: by default, a node counts its
     hyper-threads as CPUs, and then two actors share a core. Returns the actors and the number of
-    their nodes; exits if nothing answers at the address, or if the cluster has too few CPUs.
+    their nodes; exits if nothing answers at the address, or if the cluster has too few CPUs. The
+    record names the machine of this script, not those of the nodes.
     """
     address = arguments.address
     if address != "auto":
@@ -168,14 +171,12 @@ def start_on_cluster(arguments):
     slots = slots[: arguments.num_cpus]
 
     actors = []
-    nodes = set()
     for node, i in slots:
         # Soft: if the node dies, the actor restarts on another one, once a CPU is free there.
         strategy = NodeAffinitySchedulingStrategy(node, soft=True)
         on_node = Model.options(scheduling_strategy=strategy)
         actors.append(on_node.remote(i, "model.keras", "mnist.npz", arguments.array))
-        nodes.add(node)
-    return actors, len(nodes)
+    return actors, len({node for node, _ in slots})
 
 
 # Everything below is the same in all bench scripts: change them together.
@@ -184,19 +185,19 @@ def start_on_cluster(arguments):
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    Linux pins each thread by itself: the affinity of a process is that of its main thread.
-    Threads that start later inherit it.
+    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
+    its main thread, which threads that start later inherit.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
-            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity(cpus)
+            with contextlib.suppress(ProcessLookupError):  # It has just ended.
+                os.sched_setaffinity(thread.id, cpus)
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) is a limit, too: if it is two cores, two are returned.
+    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -239,13 +240,12 @@ def dataset_without_autotuner(x_test):
 
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
-    flag = parser.add_argument
-    flag("--rounds", type=int, default=10, help="default: %(default)s")
-    flag("--num-cpus", type=int, help="batches in a round; default: one for each core")
-    flag("--array", action="store_true", help="give predict() the array, as the article does")
-    flag("--model", default="/tmp/model.keras", help="default: %(default)s")
-    flag("--data", default="/tmp/mnist.npz", help="default: %(default)s")
-    flag("--output", default="results.jsonl", help="the run is appended; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument("--array", action="store_true", help="call predict() as the article does")
+    parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
+    parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
+    parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
     arguments = parser.parse_args()
 
     if arguments.rounds < 1:
@@ -272,7 +272,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
+        "num_cpus": len(answers) // arguments.rounds,  # batches in a round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -319,7 +319,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a file would change with the dates stored in it."""
+    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -93,19 +93,19 @@ def main():
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    Linux pins each thread by itself: the affinity of a process is that of its main thread.
-    Threads that start later inherit it.
+    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
+    its main thread, which threads that start later inherit.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
-            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
-                psutil.Process(thread.id).cpu_affinity(cpus)
+            with contextlib.suppress(ProcessLookupError):  # It has just ended.
+                os.sched_setaffinity(thread.id, cpus)
 
 
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) is a limit, too: if it is two cores, two are returned.
+    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -148,13 +148,12 @@ def dataset_without_autotuner(x_test):
 
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
-    flag = parser.add_argument
-    flag("--rounds", type=int, default=10, help="default: %(default)s")
-    flag("--num-cpus", type=int, help="batches in a round; default: one for each core")
-    flag("--array", action="store_true", help="give predict() the array, as the article does")
-    flag("--model", default="/tmp/model.keras", help="default: %(default)s")
-    flag("--data", default="/tmp/mnist.npz", help="default: %(default)s")
-    flag("--output", default="results.jsonl", help="the run is appended; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument("--array", action="store_true", help="call predict() as the article does")
+    parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
+    parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
+    parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
     arguments = parser.parse_args()
 
     if arguments.rounds < 1:
@@ -181,7 +180,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
     run = {
         "approach": approach,
-        "num_cpus": len(answers) // len(round_seconds),  # a call for each core in each round
+        "num_cpus": len(answers) // arguments.rounds,  # batches in a round
         "array": arguments.array,
         "time": time.time(),
         "setup_seconds": setup_seconds,
@@ -228,7 +227,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a file would change with the dates stored in it."""
+    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

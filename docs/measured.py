@@ -30,26 +30,35 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main():
-    tables = {name: write() for name, write in TABLES.items()}
-    out_of_date = []
-    for page in PAGES:
-        text = page.read_text()
-        new_text = re.sub(
-            r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)",
-            lambda match: match[1] + tables[match[2]] + match[3],
-            text,
-            flags=re.DOTALL,
-        )
-        if new_text != text:
-            out_of_date.append(page.name)
-            if "--check" not in sys.argv:
-                page.write_text(new_text)
     if "--check" in sys.argv:
+        out_of_date = out_of_date_pages()
         if out_of_date:
-            sys.exit(f"out of date: {', '.join(out_of_date)}: run docs/measured.py")
+            names = ", ".join(page.name for page in out_of_date)
+            sys.exit(f"out of date: {names}: run docs/measured.py")
     else:
+        for page, text in pages_with_tables().items():
+            page.write_text(text)
         draw_then_and_now().savefig(RESULTS / "then-and-now.png", dpi=150)
         draw_lengths().savefig(RESULTS / "length.png", dpi=150)
+
+
+def out_of_date_pages():
+    """Return the paths of those pages whose tables are not what results/ says."""
+    return [page for page, text in pages_with_tables().items() if text != page.read_text()]
+
+
+def pages_with_tables():
+    """Return {path of a page: its text, with the tables of results/}."""
+    tables = {name: write() for name, write in TABLES.items()}
+    return {
+        page: re.sub(
+            r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)",
+            lambda match: match[1] + tables[match[2]] + match[3],
+            page.read_text(),
+            flags=re.DOTALL,
+        )
+        for page in PAGES
+    }
 
 
 def groups(*names, **conditions):

@@ -48,7 +48,7 @@ from bench_multiprocessing import (
     machine,
     physical_cores,
     pin,
-    pool_map,
+    wait_for,
 )
 from bench_ray import ray
 
@@ -513,7 +513,8 @@ def clock(function, *arguments):
 
 def rounds_in(pool, function, cores):
     """Return a function that computes a round in a pool; it returns the seconds and the results."""
-    return partial(clock, pool_map, pool, active_children(), function, cores)
+    workers = active_children()
+    return partial(clock, lambda: wait_for(pool.map_async(function, cores), workers))
 
 
 def take_turns(sides, run):

@@ -1,0 +1,60 @@
+"""What the pages say is what the records in results/ say."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT
+
+from analyze import INITIALIZER, POOL, RAY, compare, sums_of_tens
+
+spec = importlib.util.spec_from_file_location("measured", ROOT / "docs" / "measured.py")
+measured = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measured)
+CLEARED = f"{POOL}+clear_session"
+
+
+def test_the_tables_are_those_of_the_records():
+    assert measured.out_of_date_pages() == []
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return {
+        "today": measured.most_cores("results.jsonl", array=False, rounds=10),
+        "new pool": measured.most_cores("original.jsonl", rounds=10),
+        "fifty rounds": measured.most_cores("original.jsonl", rounds=50),
+    }
+
+
+def of_ray(approach):
+    return lambda samples: compare(samples[approach], samples[RAY]).ratio
+
+
+def last_ten_of_ray(approach):
+    return lambda samples: sums_of_tens(samples[approach])[-1] / sums_of_tens(samples[RAY])[-1]
+
+
+# The words before a number of README.md, whose trials they speak of, and the number.
+SENTENCES = [
+    ("Today, a pool that loads the model in every call takes about ", "today", of_ray(POOL)),
+    ("a new pool that reloads takes about ", "new pool", of_ray(POOL)),
+    ("in the last ten of fifty rounds, it takes about ", "fifty rounds", last_ten_of_ray(POOL)),
+    ("one more line, it stays at about ", "fifty rounds", of_ray(CLEARED)),
+    ("one more line, it stays at about ", "new pool", of_ray(CLEARED)),
+    ("ten rounds on our two cores give a factor of ", "new pool", of_ray(POOL)),
+    ("the published protocol of fifty gives ", "fifty rounds", of_ray(POOL)),
+]
+
+
+@pytest.mark.parametrize("words, trials, number", SENTENCES)
+def test_a_number_in_a_sentence_is_the_measured_one_rounded(samples, words, trials, number):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    [written] = re.findall(re.escape(words) + r"(\d+(?:\.\d+)?)", text)
+    decimals = len(written.partition(".")[2])
+    assert f"{number(samples[trials]):.{decimals}f}" == written
+
+
+def test_the_initializer_is_not_detectably_slower_than_ray(samples):
+    assert "is not detectably slower than Ray" in (ROOT / "README.md").read_text()
+    assert compare(samples["today"][INITIALIZER], samples["today"][RAY]).low < 1
