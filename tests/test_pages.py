@@ -37,11 +37,14 @@ def last_ten_of_ray(approach):
 
 # The words before a number of README.md, whose trials they speak of, and the number.
 SENTENCES = [
+    ("With the software of today, that pool takes ", "today", of_ray(POOL)),
+    ("With the software of 2019, the pool takes ", "new pool", of_ray(POOL)),
+    ("times as long when it is new, and ", "fifty rounds", of_ray(POOL)),
     ("Today, a pool that loads the model in every call takes about ", "today", of_ray(POOL)),
     ("a new pool that reloads takes about ", "new pool", of_ray(POOL)),
     ("in the last ten of fifty rounds, it takes about ", "fifty rounds", last_ten_of_ray(POOL)),
-    ("one more line, it stays at about ", "fifty rounds", of_ray(CLEARED)),
-    ("one more line, it stays at about ", "new pool", of_ray(CLEARED)),
+    ("`clear_session()`, it stays at about ", "fifty rounds", of_ray(CLEARED)),
+    ("`clear_session()`, it stays at about ", "new pool", of_ray(CLEARED)),
     ("ten rounds on our two cores give a factor of ", "new pool", of_ray(POOL)),
     ("the published protocol of fifty gives ", "fifty rounds", of_ray(POOL)),
 ]
