@@ -321,25 +321,27 @@ def lengths():
 
 
 def draw_lengths():
-    """Draw the measured pool / initializer over the length of a call, and 1 + r/t."""
+    """Draw the measured pool / initializer of each run over the length of a call, and 1 + r/t."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
-    length_seconds = []
-    predictions = []
-    for size, reloading, loaded, predicted in lengths():
-        axes.plot(loaded, reloading / loaded, "o", markersize=4, color=analyze.COLOURS[POOL])
+    measured = list(lengths())
+    for size, reloading, loaded, _ in measured:
+        ratios = reloading / loaded
+        axes.plot(loaded, ratios, "o", markersize=4, color=analyze.COLOURS[POOL])
         axes.annotate(
             f"{size:,} images in a step",
-            (np.median(loaded), np.median(reloading / loaded)),
+            (np.median(loaded), np.median(ratios)),
             xytext=(8, 0),
             textcoords="offset points",
             fontsize="small",
             va="center",
         )
-        length_seconds.append(np.median(loaded))
-        predictions.append(np.median((predicted - 1) * loaded))
-    t = np.geomspace(min(length_seconds) / 1.2, max(length_seconds) * 2.5, 100)
-    axes.plot(t, 1 + predictions[0] / t, color="black", linewidth=1, label="1 + r/t")
+
+    _, reloading, longest, _ = measured[0]  # 32 images in a step
+    _, _, shortest, _ = measured[-1]
+    r = np.median(reloading - longest)
+    t = np.geomspace(np.min(shortest) / 1.2, 2.5 * np.max(longest), 100)
+    axes.plot(t, 1 + r / t, color="black", linewidth=1, label="1 + r/t")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
