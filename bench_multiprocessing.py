@@ -66,12 +66,12 @@ if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the hom
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 
-# Otherwise TensorFlow warns in every call that it traces a model again.
+# Otherwise TensorFlow warns in every call that it is tracing a model again.
 logging.getLogger("tensorflow").setLevel("ERROR")
 
 
 def evaluate_next_batch(filename, datafile, as_array, core):
-    import tensorflow as tf  # Only here: a process forked after TensorFlow has started can hang.
+    import tensorflow as tf  # Not at the top: a process forked after TensorFlow starts can hang.
 
     # Pin each call to one core. Otherwise the TensorFlow threads of all workers compete.
     pin([core])
@@ -88,15 +88,15 @@ def initialize(filename, datafile, as_array, cores, barrier):
     global model, x_test  # The worker keeps them between its calls.
     import tensorflow as tf
 
-    i = barrier.wait()  # 0, 1, 2, ...: a different number in each worker
+    i = barrier.wait()  # Gives each worker a different number: 0, 1, 2, ...
     pin([cores[i]])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))
     x_test = mnist["x_test"] / 255.0
     if not as_array:
         x_test = dataset_without_autotuner(x_test)
-    # Otherwise a worker that is ready early takes two batches of the first round, and a late one
-    # makes its first, slower prediction while the clock runs.
+    # Wait until all workers have loaded. Otherwise an early one takes two batches of the untimed
+    # round, and a late one makes its first, slower prediction while the clock runs.
     barrier.wait()
 
 
@@ -109,7 +109,8 @@ def main():
     parser = argparse.ArgumentParser(description="Time batch prediction with a pool of processes.")
     parser.add_argument("--initializer", action="store_true", help="load once in every worker")
     arguments = parse_arguments(parser)
-    # Let Ctrl-C end all processes at once. With Python's handler, the pool hung in 5 of 15 tries.
+    # Let Ctrl-C end this process at once, and forked workers, too. With Python's handler, the pool
+    # hung in 5 of 15 tries.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     filename, datafile, as_array = arguments.model, arguments.data, arguments.array
@@ -123,7 +124,7 @@ def main():
         barrier = Barrier(len(cores))
         pool = Pool(len(cores), initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
-    workers = active_children()  # The pool silently replaces one that dies; wait_for() notices.
+    workers = active_children()  # The pool replaces one that dies, so wait_for() looks at these.
 
     # One round before the clock starts: the workers import TensorFlow. With --initializer, this
     # is also where they load, and where the first, slower prediction is made.
@@ -165,8 +166,8 @@ def wait_for(results, workers):
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
-    its main thread, which threads that start later inherit.
+    On Linux, each thread has an affinity of its own. Setting that of a process changes only its
+    main thread: threads that it starts later inherit it, but those already running do not change.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -177,7 +178,8 @@ def pin(cpus):
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
+    A container's CPU quota (cgroup v2) counts, too: with a quota of two cores, at most two are
+    returned.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -187,8 +189,8 @@ def physical_cores(count=None):
 
     first_cpu = {}
     for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = siblings.read_text() if siblings.exists() else cpu
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        hyper_threads = path.read_text() if path.exists() else cpu
         first_cpu.setdefault(hyper_threads, cpu)
     cores = list(first_cpu.values())
 
@@ -271,8 +273,10 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     with open(arguments.output, "a") as output:
         print(json.dumps(run), file=output)
 
-    seconds = f"{sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up"
-    print(f"{approach}: {seconds}; {accuracy:.1%} right")
+    print(
+        f"{approach}: {sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up; "
+        f"{accuracy:.1%} right"
+    )
 
 
 def check(arguments, answers, y_test):
@@ -299,7 +303,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

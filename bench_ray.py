@@ -23,8 +23,8 @@ If an actor dies, Ray starts it again. That round takes longer, and analyze.py p
 What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Each actor loads and predicts once before the clock starts.
-- Each actor has a physical core of its own, for all its threads. The article uses the CPUs 0, 1,
-  2, ..., which can share a core, and it does not pin the threads that Ray has already started.
+- On one machine, each actor has a physical core of its own, for all its threads. The article uses
+  the CPUs 0, 1, 2, ..., which can share a core, and leaves threads unpinned that run already.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
@@ -59,12 +59,12 @@ SETTINGS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # Hide all messages but fatal errors; a few still appear.
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
-# These are for this process and a private Ray. The actors on a cluster get only those above.
+# These are for this process and a private Ray. Actors on a cluster get only those above.
 RAY_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, start workers with plain Python.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too: a private Ray uses only 127.0.0.1.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too, a private Ray uses only 127.0.0.1.
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our working directory replaces the job's.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, use our working directory, not its.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
     "RAY_worker_niceness": "0",  # Normal priority.
 }
@@ -79,7 +79,7 @@ QUIET = {"log_to_driver": False, "logging_level": "error"}
 SETUP_TIMEOUT = 600  # seconds; without a limit, Ray waits forever for a free CPU
 
 
-# An actor that has died is restarted, and its batch is repeated.
+# If an actor dies, Ray restarts it, up to ten times, and repeats its batch.
 @ray.remote(num_cpus=1, max_restarts=10, max_task_retries=-1)
 class Model:
     def __init__(self, i, filename, datafile, as_array):
@@ -104,14 +104,15 @@ def main():
     parser.add_argument("--address", help="of a cluster, or auto; default: start a private Ray")
     arguments = parse_arguments(parser)
 
-    if arguments.address is None:
+    cluster = arguments.address is not None
+    if not cluster:
         filename, datafile, as_array = arguments.model, arguments.data, arguments.array
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init(
             "local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=10**9,  # 1 GB is plenty. By default, Ray reserves 30 %.
+            object_store_memory=10**9,  # 1 GB is plenty. The default is 30 % of the memory.
             **QUIET,
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]
@@ -134,7 +135,6 @@ def main():
         answers += [result.argmax(axis=1) for result in results]
         print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
-    cluster = arguments.address is not None
     record(arguments, "ray", setup_seconds, round_seconds, answers, nodes=nodes, cluster=cluster)
 
 
@@ -144,10 +144,10 @@ def start_on_cluster(arguments):
     Start the nodes with `ray start --num-cpus=<physical cores>`: by default, a node counts its
     hyper-threads as CPUs, and then two actors share a core. Returns the actors and the number of
     their nodes; exits if nothing answers at the address, or if the cluster has too few CPUs. The
-    record names the machine of this script, not those of the nodes.
+    record names the machine and the versions of this script, not those of the nodes.
     """
     address = arguments.address
-    if address != "auto":
+    if address != "auto":  # It is host:6379, [::1]:6379, or ray://host:10001.
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), port), timeout=15).close()
@@ -160,23 +160,24 @@ def start_on_cluster(arguments):
         shutil.copy(arguments.data, f"{folder}/mnist.npz")
         ray.init(address, runtime_env={"working_dir": folder, "env_vars": SETTINGS}, **QUIET)
 
-    slots = [  # (node, number of a CPU on this node)
+    slots = [  # the ID of a node, and the number of a CPU on it
         (node["NodeID"], i)
         for node in ray.nodes()
         if node["Alive"]
         for i in range(int(node["Resources"].get("CPU", 0)))
     ]
-    if len(slots) < (arguments.num_cpus or 1):
-        sys.exit(f"the cluster at {address} has {len(slots)} CPUs: too few")
+    needed = arguments.num_cpus or 1
+    if len(slots) < needed:
+        sys.exit(f"the cluster at {address} has {len(slots)} CPUs: too few, {needed} needed")
     slots = slots[: arguments.num_cpus]
 
     actors = []
-    for node, i in slots:
+    for node_id, i in slots:
         # Soft: if the node dies, the actor restarts on another one, once a CPU is free there.
-        strategy = NodeAffinitySchedulingStrategy(node, soft=True)
-        on_node = Model.options(scheduling_strategy=strategy)
-        actors.append(on_node.remote(i, "model.keras", "mnist.npz", arguments.array))
-    return actors, len({node for node, _ in slots})
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
+        model = Model.options(scheduling_strategy=strategy)
+        actors.append(model.remote(i, "model.keras", "mnist.npz", arguments.array))
+    return actors, len({node_id for node_id, _ in slots})
 
 
 # Everything below is the same in all bench scripts: change them together.
@@ -185,8 +186,8 @@ def start_on_cluster(arguments):
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
-    its main thread, which threads that start later inherit.
+    On Linux, each thread has an affinity of its own. Setting that of a process changes only its
+    main thread: threads that it starts later inherit it, but those already running do not change.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -197,7 +198,8 @@ def pin(cpus):
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
+    A container's CPU quota (cgroup v2) counts, too: with a quota of two cores, at most two are
+    returned.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -207,8 +209,8 @@ def physical_cores(count=None):
 
     first_cpu = {}
     for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = siblings.read_text() if siblings.exists() else cpu
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        hyper_threads = path.read_text() if path.exists() else cpu
         first_cpu.setdefault(hyper_threads, cpu)
     cores = list(first_cpu.values())
 
@@ -291,8 +293,10 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     with open(arguments.output, "a") as output:
         print(json.dumps(run), file=output)
 
-    seconds = f"{sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up"
-    print(f"{approach}: {seconds}; {accuracy:.1%} right")
+    print(
+        f"{approach}: {sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up; "
+        f"{accuracy:.1%} right"
+    )
 
 
 def check(arguments, answers, y_test):
@@ -319,7 +323,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -93,8 +93,8 @@ def main():
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    On Linux, each thread has an affinity of its own. To set that of a process sets only that of
-    its main thread, which threads that start later inherit.
+    On Linux, each thread has an affinity of its own. Setting that of a process changes only its
+    main thread: threads that it starts later inherit it, but those already running do not change.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -105,7 +105,8 @@ def pin(cpus):
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) counts, too: of two cores, for example, it leaves two.
+    A container's CPU quota (cgroup v2) counts, too: with a quota of two cores, at most two are
+    returned.
     Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
@@ -115,8 +116,8 @@ def physical_cores(count=None):
 
     first_cpu = {}
     for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = siblings.read_text() if siblings.exists() else cpu
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        hyper_threads = path.read_text() if path.exists() else cpu
         first_cpu.setdefault(hyper_threads, cpu)
     cores = list(first_cpu.values())
 
@@ -199,8 +200,10 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
     with open(arguments.output, "a") as output:
         print(json.dumps(run), file=output)
 
-    seconds = f"{sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up"
-    print(f"{approach}: {seconds}; {accuracy:.1%} right")
+    print(
+        f"{approach}: {sum(round_seconds):.3f} s, after {setup_seconds:.1f} s of set-up; "
+        f"{accuracy:.1%} right"
+    )
 
 
 def check(arguments, answers, y_test):
@@ -227,7 +230,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts; that of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
