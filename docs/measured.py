@@ -331,7 +331,7 @@ def draw_lengths():
         axes.annotate(
             f"{size:,} images in a step",
             (np.median(loaded), np.median(ratios)),
-            xytext=(8, 0),
+            xytext=(20, 4),
             textcoords="offset points",
             fontsize="small",
             va="center",
@@ -340,10 +340,9 @@ def draw_lengths():
     _, reloading, longest, _ = measured[0]  # 32 images in a step
     _, _, shortest, _ = measured[-1]
     r = np.median(reloading - longest)
-    t = np.geomspace(np.min(shortest) / 1.2, 2.5 * np.max(longest), 100)
+    t = np.linspace(0.8 * np.min(shortest), 2 * np.max(longest), 100)
     axes.plot(t, 1 + r / t, color="black", linewidth=1, label="1 + r/t")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("t: seconds of a round that does not reload")
     axes.set_ylabel("pool / initializer")
@@ -596,7 +595,7 @@ def draw_then_and_now():
     left.set_ylabel("seconds of a round")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
-    left.legend(fontsize="small")
+    right.legend(*left.get_legend_handles_labels(), fontsize="small")
     return figure
 
 
