@@ -215,6 +215,8 @@ def claims():
     stacks = {
         "today": with_one_core("results.jsonl", array=False),
         "today, --array": with_one_core("results.jsonl", array=True),
+        "today, fifty rounds": most_cores("fifty.jsonl", array=False, rounds=50),
+        "the same, --array": most_cores("fifty.jsonl", array=True, rounds=50),
         "2019, new pool": most_cores("original.jsonl", rounds=10),
         "2019, fifty rounds": most_cores("original.jsonl", rounds=50),
     }
@@ -228,6 +230,8 @@ def claims():
     rows = []
     for stack, samples in stacks.items():
         for claim, quotient, first, second in claims:
+            if not {first, second} <= samples.keys():
+                continue
             comparison = compare(samples[first], samples[second])
             verdict = "not decided"
             if comparison.low > 1:
@@ -454,6 +458,34 @@ def median_after(runs, call, name, unit):
     return f"{np.median(values) / unit:,.0f}"
 
 
+def imported():
+    """Calls of a new process that begins with the graph of 39 earlier calls."""
+    places = {
+        "import_graph": "in the default graph",
+        "import_apart": "in another graph",
+    }
+    rows = []
+    for flag, place in places.items():
+        lines = lines_of("imported.jsonl", **{flag: True})
+        calls = [[line for line in lines if line["call"] == number] for number in (1, 2, 3)]
+        row = [place, str(len(calls[0]))]
+        for call in calls:
+            row.append(median_and_range([line["seconds"] for line in call]))
+        row.append(f"{calls[2][0]['operations']:,}")
+        row.append(f"{np.median([line['objects'] for line in calls[2]]):,.0f}")
+        row.append(f"{np.median([line['resident_bytes'] for line in calls[2]]) / 1e6:,.0f}")
+        rows.append(row)
+    titles = [
+        "the earlier graph is",
+        "runs",
+        *[f"call {number}, s" for number in (1, 2, 3)],
+        "operations in the default graph",
+        "Python objects",
+        "MB",
+    ]
+    return table(titles, rows)
+
+
 def profile():
     """Where calls spend their time, by cProfile, under TensorFlow 1.13.1."""
     calls = [line for line in lines_of("growth.jsonl") if line["profile"]]
@@ -612,6 +644,7 @@ TABLES = {
     "new_pools": new_pools,
     "stacks": stacks,
     "growth": growth,
+    "imported": imported,
     "profile": profile,
     "per_operation": per_operation,
 }

@@ -1,8 +1,8 @@
 """Make the article's stateless call again and again, and record what each call takes and leaves.
 
 One process, pinned to one core, does what the pool's function does: it loads the model, reads the
-data and predicts. Runs under every TensorFlow from 1.13 to 2.21; of the flags, --profile and
---fresh-session ask for TensorFlow 1, --without-autotuner for one of today.
+data and predicts. Runs under every TensorFlow from 1.13 to 2.21; of the flags, --profile,
+--fresh-session and those with a graph ask for TensorFlow 1, --without-autotuner for one of today.
 
     python growth.py
     python growth.py --clear-session      # a new graph and a new session in every call
@@ -11,6 +11,9 @@ data and predicts. Runs under every TensorFlow from 1.13 to 2.21; of the flags, 
     python growth.py --without-autotuner  # predict from a Dataset without tf.data's autotuner
     python growth.py --parts              # predict once more with the same model, not traced anew
     python growth.py --profile 2,20,40    # where these calls spend their time, by cProfile
+    python growth.py --save-graph F       # at the end, write the graph to the file F
+    python growth.py --import-graph F     # begin with this graph in the default graph
+    python growth.py --import-apart F     # begin with this graph in another one, for comparison
 
 Every call is a line of JSON in growth.jsonl. Keras 3 cannot load the model of 2019: under a
 TensorFlow of today, name the model.keras of the folder above with --model.
@@ -53,6 +56,11 @@ PROFILED = [
 def main():
     arguments = parse_arguments()
     silence_and_pin()
+    other_graph = tf.Graph()
+    if arguments.import_graph:
+        import_graph(arguments.import_graph, tf.get_default_graph())
+    if arguments.import_apart:
+        import_graph(arguments.import_apart, other_graph)
     for number in range(1, arguments.calls + 1):
         measured = call(arguments, profile=number in arguments.profile)
         if arguments.collect:
@@ -70,6 +78,8 @@ def main():
             "fresh_session": arguments.fresh_session,
             "without_autotuner": arguments.without_autotuner,
             "collect": arguments.collect,
+            "import_graph": bool(arguments.import_graph),
+            "import_apart": bool(arguments.import_apart),
             **measured,
             "objects": len(gc.get_objects()),  # Garbage that waits for its collection included.
             "resident_bytes": psutil.Process().memory_info().rss,
@@ -80,6 +90,18 @@ def main():
             f"objects: {line['objects']}",
             flush=True,
         )
+    if arguments.save_graph:
+        with open(arguments.save_graph, "wb") as file:
+            file.write(tf.get_default_graph().as_graph_def().SerializeToString())
+
+
+def import_graph(filename, graph):
+    """Add the operations in a file of --save-graph to a graph. No call will use them."""
+    graph_def = tf.GraphDef()
+    with open(filename, "rb") as file:
+        graph_def.ParseFromString(file.read())
+    with graph.as_default():
+        tf.import_graph_def(graph_def, name="earlier")
 
 
 def call(arguments, profile):
@@ -216,6 +238,9 @@ def parse_arguments():
         metavar="2,20,40",
         help="the calls to profile",
     )
+    parser.add_argument("--save-graph", help="at the end, write the default graph to this file")
+    parser.add_argument("--import-graph", help="begin with the graph in this file")
+    parser.add_argument("--import-apart", help="begin with it in a graph of its own")
     parser.add_argument("--model", default=MODEL, help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument(
@@ -225,8 +250,9 @@ def parse_arguments():
         help="default: %(default)s",
     )
     arguments = parser.parse_args()
-    if arguments.fresh_session and not tf.__version__.startswith("1."):
-        parser.error("--fresh-session: TensorFlow 2 predicts without a session")
+    graphs = arguments.save_graph or arguments.import_graph or arguments.import_apart
+    if (arguments.fresh_session or graphs) and not tf.__version__.startswith("1."):
+        parser.error("TensorFlow 2 predicts without a session, and keeps no such graph")
     if arguments.without_autotuner and not hasattr(tf.data.Options(), "autotune"):
         parser.error(f"--without-autotuner: TensorFlow {tf.__version__} has no such option")
     if not os.path.exists(arguments.model):

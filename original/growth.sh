@@ -4,8 +4,9 @@
 #   original/growth.sh growth.jsonl
 #
 # Three runs of each variant, two at a time, each on a core of its own, which changes from run to
-# run; then one run with a profile. Needs the environments and models that `make` and
-# `make original` have made. Takes about 25 minutes.
+# run; then one run with a profile; at last, imported.jsonl beside it: calls that begin with an
+# earlier graph. Needs the environments and models that `make` and `make original` have made.
+# Takes about 25 minutes.
 set -eu
 output=$(realpath "$1")
 cd "$(dirname "$0")"
@@ -40,3 +41,14 @@ for cores in "0 1" "1 0" "0 1"; do
     wait $!
 done
 then_ 0 --profile 2,20,40
+
+# A new process with the graph of 39 earlier calls: in its default graph, or in another one.
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+then_ 0 --calls 39 --output /dev/null --save-graph "$folder/graph"
+output=$(dirname "$output")/imported.jsonl
+for cores in "0 1" "1 0" "0 1"; do
+    then_ "${cores% *}" --calls 3 --import-graph "$folder/graph" &
+    then_ "${cores#* }" --calls 3 --import-apart "$folder/graph"
+    wait $!
+done

@@ -355,6 +355,19 @@ def test_growth_counts_operations(grown, grown_today):
     assert [call["operations"] for call in grown_today["collect"]] == [None] * 3
 
 
+def test_growth_begins_with_an_imported_graph(python37, made, grown, tmp_path):
+    """In the default graph it counts, and elsewhere it does not; the calls are right in both."""
+    files = made["ORIGINAL_MODEL"], made["DATA"]
+    saved = tmp_path / "graph"
+    grow(python37, *files, tmp_path, {"saved": ["--fresh-session", "--save-graph", saved]})
+    runs = {"default": ["--import-graph", saved], "apart": ["--import-apart", saved]}
+    imported = grow(python37, *files, tmp_path, runs)
+    alone = [664, 664 + 662, 664 + 2 * 662]
+    earlier = grown["plain"][-1]["operations"]
+    assert [call["operations"] for call in imported["default"]] == [earlier + n for n in alone]
+    assert [call["operations"] for call in imported["apart"]] == alone
+
+
 def test_growth_counts_objects(grown, grown_today):
     plain = [call["objects"] for call in grown["plain"]]
     cleared = [call["objects"] for call in grown["clear_session"]]
