@@ -42,7 +42,7 @@ SENTENCES = [
     ("times as long when it is new, and ", "fifty rounds", of_ray(POOL)),
     ("an initializer, which loads once, takes ", "today", of_ray(INITIALIZER)),
     ("in an initializer, takes about ", "today", of_ray(INITIALIZER)),
-    ("Today, a pool that loads the model in every call takes about ", "today", of_ray(POOL)),
+    ("loads the model and the data in every call takes about ", "today", of_ray(POOL)),
     ("a new pool that reloads takes about ", "new pool", of_ray(POOL)),
     ("in the last ten of fifty rounds, it takes about ", "fifty rounds", last_ten_of_ray(POOL)),
     ("`clear_session()`, it stays at about ", "fifty rounds", of_ray(CLEARED)),
