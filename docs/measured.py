@@ -143,8 +143,8 @@ def results():
     fifty_rounds = most_cores("original.jsonl", rounds=50)
     columns = {
         "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
-        "2019, new pool": (most_cores("original.jsonl", rounds=10), 1),
-        "2019, mean of five tens": (fifty_rounds, 5),
+        "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
+        "2019, fifty rounds / 5": (fifty_rounds, 5),
     }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):

@@ -37,13 +37,13 @@ def last_ten_of_ray(approach):
 
 # The words before a number of README.md, whose trials they speak of, and the number.
 SENTENCES = [
-    ("With the software of today, that pool takes ", "today", of_ray(POOL)),
-    ("With the software of 2019, the pool takes ", "new pool", of_ray(POOL)),
-    ("times as long when it is new, and ", "fifty rounds", of_ray(POOL)),
+    ("today**, the reloading pool takes ", "today", of_ray(POOL)),
     ("an initializer, which loads once, takes ", "today", of_ray(INITIALIZER)),
-    ("in an initializer, takes about ", "today", of_ray(INITIALIZER)),
-    ("loads the model and the data in every call takes about ", "today", of_ray(POOL)),
-    ("a new pool that reloads takes about ", "new pool", of_ray(POOL)),
+    ("2019**, the reloading pool takes ", "new pool", of_ray(POOL)),
+    ("times as long as Ray over ten rounds, and ", "fifty rounds", of_ray(POOL)),
+    ("Today, the reloading pool takes about ", "today", of_ray(POOL)),
+    ("A pool with an initializer takes about ", "today", of_ray(INITIALIZER)),
+    ("2019, the reloading pool takes about ", "new pool", of_ray(POOL)),
     ("in the last ten of fifty rounds, it takes about ", "fifty rounds", last_ten_of_ray(POOL)),
     ("`clear_session()`, it stays at about ", "fifty rounds", of_ray(CLEARED)),
     ("`clear_session()`, it stays at about ", "new pool", of_ray(CLEARED)),
