@@ -463,7 +463,8 @@ def test_a_signal_leaves_nothing_running(python37, made, tmp_path, program, numb
         assert len(started) > 2
         send(process.pid, number)
         wait_until(lambda: not living(started, mark), seconds=5)
-        assert process.wait(5) in (128 + number, -number)
+        # 2: make sometimes hears of its recipe's end first.
+        assert process.wait(5) in (128 + number, -number, 2)
     finally:
         for survivor in living(started, mark):
             with contextlib.suppress(psutil.NoSuchProcess):
