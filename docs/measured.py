@@ -144,7 +144,7 @@ def results():
     columns = {
         "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
         "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
-        "2019, fifty rounds / 5": (fifty_rounds, 5),
+        "2019, fifty rounds, mean of ten": (fifty_rounds, 5),
     }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
@@ -156,7 +156,10 @@ def results():
             row.append(cell)
         row.append(analyze.PUBLISHED.get(approach, ""))
         rows.append(row)
-    return table(["approach", *columns, "published, 48 cores"], rows)
+    titles = [
+        f"{title} ({len(samples[RAY].trials)} runs)" for title, (samples, _) in columns.items()
+    ]
+    return table(["approach", *titles, "published, 48 cores"], rows)
 
 
 # docs/measuring.md
