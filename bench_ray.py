@@ -198,9 +198,7 @@ def pin(cpus):
 def physical_cores(count=None):
     """Return one CPU of each physical core that this process may use, or of `count` cores.
 
-    A container's CPU quota (cgroup v2) counts, too: with a quota of two cores, at most two are
-    returned.
-    Exits if there are fewer than `count`.
+    A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
         allowed = sorted(psutil.Process().cpu_affinity())

@@ -3,10 +3,10 @@
     <!-- measured: NAME -->     the table goes here; TABLES below says what NAME is
     <!-- end -->
 
-    python docs/measured.py            # write them; draw results/then-and-now.png
-    python docs/measured.py --check    # exit status 1 if a table is out of date
+    python docs/measured.py
 
-Only tables are written here. The sentences around them are written by people: read them again.
+Draws results/then-and-now.png and results/length.png, too. The sentences around the tables are
+written by people: read them again. tests/test_pages.py says which table is out of date.
 """
 
 import json
@@ -30,21 +30,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main():
-    if "--check" in sys.argv:
-        out_of_date = out_of_date_pages()
-        if out_of_date:
-            names = ", ".join(page.name for page in out_of_date)
-            sys.exit(f"out of date: {names}: run docs/measured.py")
-    else:
-        for page, text in pages_with_tables().items():
-            page.write_text(text)
-        draw_then_and_now().savefig(RESULTS / "then-and-now.png", dpi=150)
-        draw_lengths().savefig(RESULTS / "length.png", dpi=150)
-
-
-def out_of_date_pages():
-    """Return the paths of those pages whose tables are not what results/ says."""
-    return [page for page, text in pages_with_tables().items() if text != page.read_text()]
+    for page, text in pages_with_tables().items():
+        page.write_text(text)
+    draw_then_and_now().savefig(RESULTS / "then-and-now.png", dpi=150)
+    draw_lengths().savefig(RESULTS / "length.png", dpi=150)
 
 
 def pages_with_tables():
@@ -88,12 +77,13 @@ def conditions_line(group):
 
 
 def ratio(sample, other):
-    """Return "1.92 (1.85 to 1.99)": times as long, and the 95 % interval if there is one."""
+    """Return "1.92 (1.85 to 1.99)": times as long, and the 95 % interval."""
     comparison = compare(sample, other)
-    if np.isnan(comparison.low):
-        return three_digits(comparison.ratio)
-    ends = f"{three_digits(comparison.low)} to {three_digits(comparison.high)}"
-    return f"{three_digits(comparison.ratio)} ({ends})"
+    return with_ends(comparison.ratio, comparison.low, comparison.high)
+
+
+def with_ends(value, low, high):
+    return f"{three_digits(value)} ({three_digits(low)} to {three_digits(high)})"
 
 
 def table(titles, rows):
@@ -118,16 +108,12 @@ def paired_ratio(seconds, other_seconds):
     """
     logs = np.log(seconds) - np.log(other_seconds)
     low, high = np.exp(stats.ttest_1samp(logs, 0).confidence_interval(0.95))
-    ratio = three_digits(np.exp(np.mean(logs)))
-    return f"{ratio} ({three_digits(low)} to {three_digits(high)})"
+    return with_ends(np.exp(np.mean(logs)), low, high)
 
 
 def median_and_range(values):
     """Return "1.92 (1.85 to 1.99)": the median of several runs, the smallest and the largest."""
-    if len(values) == 1:
-        return three_digits(values[0])
-    ends = f"{three_digits(min(values))} to {three_digits(max(values))}"
-    return f"{three_digits(np.median(values))} ({ends})"
+    return with_ends(np.median(values), min(values), max(values))
 
 
 # README.md
@@ -582,10 +568,9 @@ def stacks():
                     approach,
                     str(len(sample.trials)),
                     *map(three_digits, tens[[0, 1, 2, 3, 4]]),
-                    three_digits(tens[0] / ray_tens[0]),
-                    three_digits(tens[-1] / ray_tens[-1]),
-                    three_digits(tens.sum() / ray_tens.sum()),
-                    per_trial_range(sample, of_ray),
+                    three_digits(tens[0] / ray_tens[0]) if approach != RAY else "",
+                    three_digits(tens[-1] / ray_tens[-1]) if approach != RAY else "",
+                    ratio(sample, of_ray) if approach != RAY else "",
                 ]
                 rows.append(row)
     titles = [
@@ -600,18 +585,8 @@ def stacks():
         "first ten / Ray's",
         "last ten / Ray's",
         "all / Ray's",
-        "range over runs",
     ]
     return table(titles, rows)
-
-
-def per_trial_range(sample, of_ray):
-    """Return the smallest and the largest of the ratios of the runs, the k-th with the k-th."""
-    count = min(len(sample.seconds), len(of_ray.seconds))
-    ratios = sample.seconds[:count] / of_ray.seconds[:count]
-    if count < 2:
-        return "one run"
-    return f"{three_digits(min(ratios))} to {three_digits(max(ratios))}"
 
 
 def draw_then_and_now():

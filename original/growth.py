@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import pstats
-import re
 import sys
 import time
 import zipfile
@@ -38,6 +37,7 @@ os.environ.pop("TF_USE_LEGACY_KERAS", None)
 import numpy as np
 import psutil
 import tensorflow as tf
+from machine import machine
 
 # In this folder, not in /tmp: Keras of 2019 runs code that a model's file contains.
 MODEL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.h5")
@@ -204,20 +204,6 @@ def silence_and_pin():
     if sys.platform == "linux":
         process = psutil.Process()
         process.cpu_affinity(process.cpu_affinity()[:1])
-
-
-def machine():
-    """Return the processor, its cores and the system, in the words of the bench scripts."""
-    processor = platform.machine()
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as file:
-            model_name = re.search(r"model name\s*: (.*)", file.read())
-        if model_name:
-            processor = model_name[1]
-    physical = psutil.cpu_count(logical=False)
-    if physical is None:
-        return f"{processor}, {os.cpu_count()} CPUs, {sys.platform}"
-    return f"{processor}, {physical} physical cores, {sys.platform}"
 
 
 def parse_arguments():

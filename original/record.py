@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import sys
 import zipfile
 
@@ -24,8 +23,8 @@ os.environ.pop("OMP_NUM_THREADS", None)  # Keras of 2019 takes its number of thr
 
 import h5py
 import numpy as np
-import psutil
 import tensorflow as tf
+from machine import machine
 
 # TensorFlow would warn of functions that it has deprecated, and calls itself.
 tf.logging.set_verbosity(tf.logging.ERROR)
@@ -101,20 +100,6 @@ def weights(filename):
         group = file["model_weights"]
         layers = [group[name] for name in group.attrs["layer_names"]]
         return [layer[name][()] for layer in layers for name in layer.attrs["weight_names"]]
-
-
-def machine():
-    """Return the processor, its cores and the system, in the words of today's bench scripts."""
-    processor = platform.machine()
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as file:
-            model_name = re.search(r"model name\s*: (.*)", file.read())
-        if model_name:
-            processor = model_name[1]
-    physical = psutil.cpu_count(logical=False)
-    if physical is None:
-        return f"{processor}, {os.cpu_count()} CPUs, {sys.platform}"
-    return f"{processor}, {physical} physical cores, {sys.platform}"
 
 
 def versions():
