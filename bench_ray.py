@@ -24,7 +24,7 @@ What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Each actor loads and predicts once before the clock starts.
 - On one machine, each actor has a physical core of its own, for all its threads. The article uses
-  the CPUs 0, 1, 2, ..., which can share a core, and leaves threads unpinned that run already.
+  CPUs 0, 1, 2, ..., which can share a core, and does not pin threads that already run.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
@@ -64,7 +64,7 @@ RAY_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, start workers with plain Python.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too, a private Ray uses only 127.0.0.1.
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, use our working directory, not its.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our runtime_env replaces the job's.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
     "RAY_worker_niceness": "0",  # Normal priority.
 }
@@ -142,9 +142,11 @@ def start_on_cluster(arguments):
     """Connect to a running cluster, and start an actor for each CPU that its nodes offer.
 
     Start the nodes with `ray start --num-cpus=<physical cores>`: by default, a node counts its
-    hyper-threads as CPUs, and then two actors share a core. Returns the actors and the number of
-    their nodes; exits if nothing answers at the address, or if the cluster has too few CPUs. The
-    record names the machine and the versions of this script, not those of the nodes.
+    hyper-threads as CPUs, and then two actors share a core. The record describes the machine and
+    the packages of this script, not those of the nodes.
+
+    Returns the actors and the number of their nodes. Exits if nothing answers at a host and port,
+    or if the cluster has too few CPUs.
     """
     address = arguments.address
     if address != "auto":  # It is host:6379, [::1]:6379, or ray://host:10001.
@@ -155,17 +157,16 @@ def start_on_cluster(arguments):
             sys.exit(f"no Ray cluster answers at {address}: {error}")
 
     with tempfile.TemporaryDirectory() as folder:
-        # Ray copies this folder to every node, and runs the actors in the copy.
+        # ray.init() uploads this folder, and the actors run in copies of it.
         shutil.copy(arguments.model, f"{folder}/model.keras")
         shutil.copy(arguments.data, f"{folder}/mnist.npz")
         ray.init(address, runtime_env={"working_dir": folder, "env_vars": SETTINGS}, **QUIET)
 
-    slots = [  # the ID of a node, and the number of a CPU on it
-        (node["NodeID"], i)
-        for node in ray.nodes()
-        if node["Alive"]
-        for i in range(int(node["Resources"].get("CPU", 0)))
-    ]
+    slots = []  # for each CPU, the ID of its node, and its number there
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus = int(node["Resources"].get("CPU", 0))
+            slots += [(node["NodeID"], i) for i in range(cpus)]
     needed = arguments.num_cpus or 1
     if len(slots) < needed:
         sys.exit(f"the cluster at {address} has {len(slots)} CPUs: too few, {needed} needed")
@@ -177,7 +178,8 @@ def start_on_cluster(arguments):
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
         model = Model.options(scheduling_strategy=strategy)
         actors.append(model.remote(i, "model.keras", "mnist.npz", arguments.array))
-    return actors, len({node_id for node_id, _ in slots})
+    nodes = {node_id for node_id, _ in slots}
+    return actors, len(nodes)
 
 
 # Everything below is the same in all bench scripts: change them together.
@@ -186,8 +188,8 @@ def start_on_cluster(arguments):
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    On Linux, each thread has an affinity of its own. Setting that of a process changes only its
-    main thread: threads that it starts later inherit it, but those already running do not change.
+    On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
+    the main thread: threads that start later inherit it, those that already run do not change.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -196,7 +198,7 @@ def pin(cpus):
 
 
 def physical_cores(count=None):
-    """Return one CPU of each physical core that this process may use, or of `count` cores.
+    """Return one CPU of each physical core that this process may use: all, or the first `count`.
 
     A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
@@ -242,7 +244,7 @@ def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
-    parser.add_argument("--array", action="store_true", help="call predict() as the article does")
+    parser.add_argument("--array", action="store_true", help="give predict() a plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -265,11 +267,11 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for each call in each round, the predicted labels, integers of shape (images,).
+    answers: for each call, the predicted labels, an array of integers, of shape (images,).
     """
     mnist = np.load(arguments.data)
     accuracy = check(arguments, answers, mnist["y_test"])
-    distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
+    distributions = packages_distributions()  # tensorflow can come from tensorflow-cpu.
     run = {
         "approach": approach,
         "num_cpus": len(answers) // arguments.rounds,  # batches in a round

@@ -93,8 +93,8 @@ def main():
 def pin(cpus):
     """Keep all threads of this process on these CPUs; as in the article, on Linux only.
 
-    On Linux, each thread has an affinity of its own. Setting that of a process changes only its
-    main thread: threads that it starts later inherit it, but those already running do not change.
+    On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
+    the main thread: threads that start later inherit it, those that already run do not change.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -103,7 +103,7 @@ def pin(cpus):
 
 
 def physical_cores(count=None):
-    """Return one CPU of each physical core that this process may use, or of `count` cores.
+    """Return one CPU of each physical core that this process may use: all, or the first `count`.
 
     A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
@@ -149,7 +149,7 @@ def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
-    parser.add_argument("--array", action="store_true", help="call predict() as the article does")
+    parser.add_argument("--array", action="store_true", help="give predict() a plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument("--output", default="results.jsonl", help="default: %(default)s")
@@ -172,11 +172,11 @@ def parse_arguments(parser):
 def record(arguments, approach, setup_seconds, round_seconds, answers, **details):
     """Append the run to the output, as a line of JSON, if its answers are right; exit if not.
 
-    answers: for each call in each round, the predicted labels, integers of shape (images,).
+    answers: for each call, the predicted labels, an array of integers, of shape (images,).
     """
     mnist = np.load(arguments.data)
     accuracy = check(arguments, answers, mnist["y_test"])
-    distributions = packages_distributions()  # For example, tensorflow can be tensorflow-cpu.
+    distributions = packages_distributions()  # tensorflow can come from tensorflow-cpu.
     run = {
         "approach": approach,
         "num_cpus": len(answers) // arguments.rounds,  # batches in a round

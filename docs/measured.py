@@ -130,7 +130,7 @@ def results():
     columns = {
         "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
         "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
-        "2019, fifty rounds, mean of ten": (fifty_rounds, 5),
+        "2019, fifty rounds, per ten": (fifty_rounds, 5),
     }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
@@ -205,7 +205,7 @@ def claims():
         "today": with_one_core("results.jsonl", array=False),
         "today, --array": with_one_core("results.jsonl", array=True),
         "today, fifty rounds": most_cores("fifty.jsonl", array=False, rounds=50),
-        "the same, --array": most_cores("fifty.jsonl", array=True, rounds=50),
+        "today, fifty rounds, --array": most_cores("fifty.jsonl", array=True, rounds=50),
         "2019, new pool": most_cores("original.jsonl", rounds=10),
         "2019, fifty rounds": most_cores("original.jsonl", rounds=50),
     }
