@@ -83,6 +83,10 @@ def main():
     for file in (arguments.model, arguments.data):
         if not zipfile.is_zipfile(file):  # Both formats, .keras and .npz, are zip archives.
             parser.error(f"{file} is missing or damaged: run train_model.py")
+    try:
+        open(arguments.output, "a").close()  # Fail now rather than after a run.
+    except OSError as error:
+        parser.error(f"cannot write the results: {error}")
 
     for run in range(1, arguments.runs + 1):
         for name in experiments:

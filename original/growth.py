@@ -91,15 +91,13 @@ def main():
             flush=True,
         )
     if arguments.save_graph:
-        with open(arguments.save_graph, "wb") as file:
-            file.write(tf.get_default_graph().as_graph_def().SerializeToString())
+        arguments.save_graph.write(tf.get_default_graph().as_graph_def().SerializeToString())
 
 
-def import_graph(filename, graph):
+def import_graph(file, graph):
     """Add the operations in a file of --save-graph to a graph. No call will use them."""
     graph_def = tf.GraphDef()
-    with open(filename, "rb") as file:
-        graph_def.ParseFromString(file.read())
+    graph_def.ParseFromString(file.read())
     with graph.as_default():
         tf.import_graph_def(graph_def, name="earlier")
 
@@ -224,9 +222,10 @@ def parse_arguments():
         metavar="2,20,40",
         help="the calls to profile",
     )
-    parser.add_argument("--save-graph", help="at the end, write the default graph to this file")
-    parser.add_argument("--import-graph", help="begin with the graph in this file")
-    parser.add_argument("--import-apart", help="begin with it in a graph of its own")
+    write, read = argparse.FileType("wb"), argparse.FileType("rb")
+    parser.add_argument("--save-graph", type=write, help="write the default graph at the end")
+    parser.add_argument("--import-graph", type=read, help="begin with the graph in this file")
+    parser.add_argument("--import-apart", type=read, help="begin with it in a graph of its own")
     parser.add_argument("--model", default=MODEL, help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
     parser.add_argument(
@@ -238,7 +237,10 @@ def parse_arguments():
     arguments = parser.parse_args()
     graphs = arguments.save_graph or arguments.import_graph or arguments.import_apart
     if (arguments.fresh_session or graphs) and not tf.__version__.startswith("1."):
-        parser.error("TensorFlow 2 predicts without a session, and keeps no such graph")
+        parser.error(
+            "--fresh-session, --save-graph, --import-graph, --import-apart: TensorFlow 2 predicts "
+            "without a session"
+        )
     if arguments.without_autotuner and not hasattr(tf.data.Options(), "autotune"):
         parser.error(f"--without-autotuner: TensorFlow {tf.__version__} has no such option")
     if not os.path.exists(arguments.model):

@@ -45,6 +45,15 @@ def test_cheap_experiments(trained, tmp_path):
         assert len(record["round_seconds"]) == 10 and min(record["round_seconds"]) > 0
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_starts(trained, tmp_path):
+    model, data = trained
+    output = tmp_path / "missing" / "overhead.jsonl"
+    files = ["--model", model, "--data", data, "--output", output]
+    done = run("docs/overhead.py", "parts", *files)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(output) in done.stderr.splitlines()[-1]
+
+
 def labels_by_numpy(model, x_test):
     """The labels of images (count, 28, 28), by the weights in a .keras file."""
     with zipfile.ZipFile(model) as archive:
