@@ -45,6 +45,9 @@ pytestmark = pytest.mark.timeout(900)  # The first test waits for the installati
 # core, if it may; and with --initializer another worker could take both of the first batches.
 SPY = """
 
+import re
+import psutil
+
 def slow_on_core_0(load_model):
     def load_later(filename):
         if psutil.Process().cpu_affinity() == [0]:
