@@ -55,9 +55,9 @@ RAY = "ray"
 
 # The article's figures: ten rounds on 48 physical cores, and how many times as fast Ray is.
 PUBLISHED = {
-    SERIAL: "64 s, 13x",
-    POOL: "126 s, 25x",
-    RAY: "5 s",
+    SERIAL: "64 s (13x)",
+    POOL: "126 s (25x)",
+    RAY: "5 s (1x)",
 }
 
 # What the field `data` of a record says.

@@ -12,7 +12,7 @@
 This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
 without Python multiprocessing". In each round, every core classifies all test images. By default
 each call loads the model and the data again. With --initializer each worker loads them once: the
-article mentions this, but shows no code.
+article mentions this, but shows no code. A batch is all test images; a round is one batch a core.
 
     python train_model.py                          # once: makes the model and fetches the data
     python bench_multiprocessing.py                # load in every call
@@ -22,10 +22,11 @@ Prints the seconds of each round, and appends the run to results.jsonl if the an
 If a worker dies, the script ends and records nothing.
 
 What differs from the article and can change the times:
-- The data come from a file, not from mnist.load_data().
+- The data are read from a file. mnist.load_data() would also check the file's hash in every call.
 - The pool does one round before the clock starts.
 - Each call has a physical core of its own, for all threads of its worker. The article uses the
-  CPUs 0, 1, 2, ..., which can share a core, and a later call moves the main thread only.
+  CPUs 0, 1, 2, ..., which can share a core. There, from a worker's second call on, only the main
+  thread moves, and the threads of TensorFlow stay on the first call's core.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
 """
@@ -61,7 +62,8 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the home folder.
+# Without a home folder, Keras would make a folder named ~ here.
+if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
@@ -88,7 +90,7 @@ def initialize(filename, datafile, as_array, cores, barrier):
     global model, x_test  # The worker keeps them between its calls.
     import tensorflow as tf
 
-    i = barrier.wait()  # Gives each worker a different number: 0, 1, 2, ...
+    i = barrier.wait()  # A barrier gives each of those who wait a number of its own: 0, 1, 2, ...
     pin([cores[i]])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))
@@ -101,7 +103,8 @@ def initialize(filename, datafile, as_array, cores, barrier):
 
 
 def evaluate_next_batch_loaded(core):
-    # The core is not used: initialize() has pinned the worker.
+    # The core is not used: initialize() has pinned the worker. A round has as many batches as
+    # there are idle workers, and each takes one.
     return model.predict(x_test, verbose=0)
 
 
@@ -109,8 +112,8 @@ def main():
     parser = argparse.ArgumentParser(description="Time batch prediction with a pool of processes.")
     parser.add_argument("--initializer", action="store_true", help="load once in every worker")
     arguments = parse_arguments(parser)
-    # Let Ctrl-C end this process at once, and forked workers, too. With Python's handler, the pool
-    # hung in 5 of 15 tries.
+    # Let Ctrl-C end this process at once, and forked workers, too. With Python's own handler, the
+    # pool often hung.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     filename, datafile, as_array = arguments.model, arguments.data, arguments.array
@@ -118,6 +121,7 @@ def main():
     if not arguments.initializer:
         approach = "multiprocessing"
         pool = Pool(len(cores))
+        # The pool gives each call one argument, its core. The others are always the same.
         evaluate = partial(evaluate_next_batch, filename, datafile, as_array)
     else:
         approach = "multiprocessing+initializer"
@@ -142,8 +146,14 @@ def main():
         answers += [result.argmax(axis=1) for result in results]
         print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
-    method = get_start_method()
-    record(arguments, approach, setup_seconds, round_seconds, answers, start_method=method)
+    record(
+        arguments,
+        approach,
+        setup_seconds,
+        round_seconds,
+        answers,
+        start_method=get_start_method(),
+    )
 
 
 def wait_for(results, workers):
@@ -155,12 +165,12 @@ def wait_for(results, workers):
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
             for child in active_children():
                 child.kill()
-            os._exit(1)  # A normal exit hung in 3 of 8 tries: it waits for a dead worker's lock.
+            os._exit(1)  # A normal exit can hang: it waits for a lock that a dead worker holds.
 
     return results.get()
 
 
-# Everything below is the same in all bench scripts: change them together.
+# Everything below is the same in all bench scripts, so that each works alone: change all three.
 
 
 def pin(cpus):
@@ -204,7 +214,7 @@ def physical_cores(count=None):
 
 
 def dataset_without_autotuner(x_test):
-    """Return the images as a Dataset, in the batches of 32 that model.predict() would make.
+    """Return the images as a Dataset, 32 in a step, as model.predict() would take them.
 
     Given an array, each predict() converts it to float32, makes a Dataset of it, and starts and
     stops tf.data's autotuner. On a pinned core, the stop can take as long as the prediction. In
@@ -258,6 +268,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
+        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
@@ -282,7 +293,7 @@ def check(arguments, answers, y_test):
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
         sys.exit("not recorded: the answers differ between workers or between rounds")
     accuracy = np.mean(answers[0] == y_test)
-    if accuracy < 0.9:
+    if accuracy < 0.9:  # One epoch of training gives more than 0.95.
         sys.exit(
             f"not recorded: only {accuracy:.1%} of the answers are right. Was {arguments.model} "
             f"trained on {arguments.data}, and are the pixels 0 to 255?"

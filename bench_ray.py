@@ -11,20 +11,21 @@
 """Time ten rounds of batch prediction with Ray actors, which load the model only once.
 
 This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
-without Python multiprocessing". In each round, every actor classifies all test images.
+without Python multiprocessing". A batch is all test images; in a round, every actor has one batch.
 
     python train_model.py               # once: makes the model and fetches the data
     python bench_ray.py                 # on a private Ray, which ends with the script
     python bench_ray.py --address auto  # on a running cluster, with an actor for each CPU
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-If an actor dies, Ray starts it again. That round takes longer, and analyze.py points to it.
+If an actor dies, Ray starts it again, as the article says. That round takes much longer than the
+others, by which analyze.py notices it.
 
 What differs from the article and can change the times:
 - The data come from a file, not from mnist.load_data().
 - Each actor loads and predicts once before the clock starts.
 - On one machine, each actor has a physical core of its own, for all its threads. The article uses
-  CPUs 0, 1, 2, ..., which can share a core, and does not pin threads that already run.
+  the CPUs 0, 1, 2, ..., which can share a core, and does not pin threads that already run.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
   gets the array, as in the article.
@@ -61,15 +62,17 @@ SETTINGS = {
 }
 # These are for this process and a private Ray. Actors on a cluster get only those above.
 RAY_SETTINGS = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, start workers with plain Python.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # On Linux, too, a private Ray uses only 127.0.0.1.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, too, start workers with plain Python.
+    # A private Ray listens on 127.0.0.1 only, as it does by default on macOS and Windows.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our runtime_env replaces the job's.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
     "RAY_worker_niceness": "0",  # Normal priority.
 }
 os.environ.update(SETTINGS | RAY_SETTINGS)
-if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray and Keras write into the home folder.
+# Without a home folder, Ray would fail, and Keras would make a folder named ~ here.
+if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -109,7 +112,7 @@ def main():
         filename, datafile, as_array = arguments.model, arguments.data, arguments.array
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init(
-            "local",
+            "local",  # Never join a cluster that is already running.
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=10**9,  # 1 GB is plenty. The default is 30 % of the memory.
@@ -142,8 +145,8 @@ def start_on_cluster(arguments):
     """Connect to a running cluster, and start an actor for each CPU that its nodes offer.
 
     Start the nodes with `ray start --num-cpus=<physical cores>`: by default, a node counts its
-    hyper-threads as CPUs, and then two actors share a core. The record describes the machine and
-    the packages of this script, not those of the nodes.
+    hyper-threads as CPUs, and then two actors share a core. Every node needs the packages listed
+    at the top. The record describes the machine and the packages of this script.
 
     Returns the actors and the number of their nodes. Exits if nothing answers at a host and port,
     or if the cluster has too few CPUs.
@@ -162,7 +165,9 @@ def start_on_cluster(arguments):
         shutil.copy(arguments.data, f"{folder}/mnist.npz")
         ray.init(address, runtime_env={"working_dir": folder, "env_vars": SETTINGS}, **QUIET)
 
-    slots = []  # for each CPU, the ID of its node, and its number there
+    # Ray could place the actors by itself. But to pin an actor, we must know how many are already
+    # on its node. So there is a slot for each CPU: the ID of its node, and its number there.
+    slots = []
     for node in ray.nodes():
         if node["Alive"]:
             cpus = int(node["Resources"].get("CPU", 0))
@@ -176,13 +181,13 @@ def start_on_cluster(arguments):
     for node_id, i in slots:
         # Soft: if the node dies, the actor restarts on another one, once a CPU is free there.
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
-        model = Model.options(scheduling_strategy=strategy)
-        actors.append(model.remote(i, "model.keras", "mnist.npz", arguments.array))
+        on_node = Model.options(scheduling_strategy=strategy)
+        actors.append(on_node.remote(i, "model.keras", "mnist.npz", arguments.array))
     nodes = {node_id for node_id, _ in slots}
     return actors, len(nodes)
 
 
-# Everything below is the same in all bench scripts: change them together.
+# Everything below is the same in all bench scripts, so that each works alone: change all three.
 
 
 def pin(cpus):
@@ -226,7 +231,7 @@ def physical_cores(count=None):
 
 
 def dataset_without_autotuner(x_test):
-    """Return the images as a Dataset, in the batches of 32 that model.predict() would make.
+    """Return the images as a Dataset, 32 in a step, as model.predict() would take them.
 
     Given an array, each predict() converts it to float32, makes a Dataset of it, and starts and
     stops tf.data's autotuner. On a pinned core, the stop can take as long as the prediction. In
@@ -280,6 +285,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
+        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
@@ -304,7 +310,7 @@ def check(arguments, answers, y_test):
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
         sys.exit("not recorded: the answers differ between workers or between rounds")
     accuracy = np.mean(answers[0] == y_test)
-    if accuracy < 0.9:
+    if accuracy < 0.9:  # One epoch of training gives more than 0.95.
         sys.exit(
             f"not recorded: only {accuracy:.1%} of the answers are right. Was {arguments.model} "
             f"trained on {arguments.data}, and are the pixels 0 to 255?"

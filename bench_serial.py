@@ -49,7 +49,8 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-if not os.access(os.path.expanduser("~"), os.W_OK):  # Keras writes into the home folder.
+# Without a home folder, Keras would make a folder named ~ here.
+if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
@@ -87,7 +88,7 @@ def main():
     record(arguments, "serial", setup_seconds, round_seconds, answers)
 
 
-# Everything below is the same in all bench scripts: change them together.
+# Everything below is the same in all bench scripts, so that each works alone: change all three.
 
 
 def pin(cpus):
@@ -131,7 +132,7 @@ def physical_cores(count=None):
 
 
 def dataset_without_autotuner(x_test):
-    """Return the images as a Dataset, in the batches of 32 that model.predict() would make.
+    """Return the images as a Dataset, 32 in a step, as model.predict() would take them.
 
     Given an array, each predict() converts it to float32, makes a Dataset of it, and starts and
     stops tf.data's autotuner. On a pinned core, the stop can take as long as the prediction. In
@@ -185,6 +186,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
+        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
@@ -209,7 +211,7 @@ def check(arguments, answers, y_test):
     if not all(np.array_equal(labels, answers[0]) for labels in answers):
         sys.exit("not recorded: the answers differ between workers or between rounds")
     accuracy = np.mean(answers[0] == y_test)
-    if accuracy < 0.9:
+    if accuracy < 0.9:  # One epoch of training gives more than 0.95.
         sys.exit(
             f"not recorded: only {accuracy:.1%} of the answers are right. Was {arguments.model} "
             f"trained on {arguments.data}, and are the pixels 0 to 255?"

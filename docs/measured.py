@@ -136,16 +136,18 @@ def results():
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
         row = [approach]
         for samples, tens in columns.values():
-            cell = f"{three_digits(samples[approach].mean / tens)} s"
+            seconds = three_digits(samples[approach].mean / tens)
+            times_ray = "1"
             if approach != RAY:
-                cell += f", {three_digits(compare(samples[approach], samples[RAY]).ratio)}x"
-            row.append(cell)
-        row.append(analyze.PUBLISHED.get(approach, ""))
+                times = compare(samples[approach], samples[RAY]).ratio
+                times_ray = f"{times:#.2g}".rstrip(".")  # two significant digits
+            row.append(f"{seconds} s ({times_ray}x)")
+        row.append(analyze.PUBLISHED.get(approach, "not shown"))
         rows.append(row)
     titles = [
         f"{title} ({len(samples[RAY].trials)} runs)" for title, (samples, _) in columns.items()
     ]
-    return table(["approach", *titles, "published, 48 cores"], rows)
+    return table(["approach", *titles, "the article, 48 cores"], rows)
 
 
 # docs/measuring.md

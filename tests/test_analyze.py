@@ -251,10 +251,10 @@ def test_comparison_table():
             "2.45 ± 0.702",
             "0.186 to 32.2, 2 pairs",
             "9.00",
-            "64 s, 13x",
+            "64 s (13x)",
         ]
     ]
-    assert cells(text, RAY) == [[RAY, "2", "3.00 ± 1.41", "0.300", "", "", "2.50", "5 s"]]
+    assert cells(text, RAY) == [[RAY, "2", "3.00 ± 1.41", "0.300", "", "", "2.50", "5 s (1x)"]]
 
 
 def test_definitions_come_first():
@@ -268,7 +268,7 @@ def test_definitions_come_first():
 @pytest.mark.parametrize("array", [True, False])
 def test_published_figures_stand_beside_ten_rounds_only(array):
     text = report(series(POOL, STEADY, array=array))
-    assert cells(text, POOL)[0][-1] == "126 s, 25x"
+    assert cells(text, POOL)[0][-1] == "126 s (25x)"
     text = report(series(POOL, [[0.5] * 9] * 5, array=array))
     assert "published" not in text and "126 s" not in text
 

@@ -34,8 +34,6 @@ def test_cheap_experiments(trained, tmp_path):
     )
     steps = {name: seconds for name, seconds in parts.items() if name.endswith("_seconds")}
     assert len(steps) == 9 and min(steps.values()) > 0
-    assert parts["pool_round_seconds"] > parts["initializer_round_seconds"]
-    assert parts["first_predict_seconds"] > parts["second_predict_seconds"]  # It traces the model.
 
     # The second worker's model calls every digit by the next one's name, and so on.
     workers = range(executors["num_cpus"])
