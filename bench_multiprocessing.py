@@ -49,6 +49,7 @@ from functools import partial
 from importlib.metadata import packages_distributions, version
 from multiprocessing import Barrier, Pool, active_children, get_start_method
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import psutil
@@ -128,24 +129,26 @@ def main():
         barrier = Barrier(len(cores))
         pool = Pool(len(cores), initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
-    workers = active_children()  # The pool replaces one that dies, so wait_for() looks at these.
+    workers = active_children()  # The pool replaces one that dies, so watch those of the start.
+    Thread(target=exit_if_one_dies, args=[workers], daemon=True).start()
 
     # One round before the clock starts: the workers import TensorFlow. With --initializer, this
     # is also where they load, and where the first, slower prediction is made.
-    wait_for(pool.map_async(evaluate, cores), workers)
+    pool.map(evaluate, cores)
     setup_seconds = time.perf_counter() - STARTED
 
     round_seconds = []
     answers = []
     for _ in range(arguments.rounds):
         start = time.perf_counter()
-        results = wait_for(pool.map_async(evaluate, cores), workers)
+        results = pool.map(evaluate, cores)
         seconds = time.perf_counter() - start
 
         round_seconds.append(seconds)
         answers += [result.argmax(axis=1) for result in results]
         print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
+    workers.clear()  # From now on, they may end.
     record(
         arguments,
         approach,
@@ -156,18 +159,16 @@ def main():
     )
 
 
-def wait_for(results, workers):
-    """Return results.get(), as pool.map() does, but exit if a worker has died: get() would hang."""
-    while not results.ready():
-        results.wait(timeout=1)  # Returns as soon as the results are there.
+def exit_if_one_dies(workers):
+    """End the script if one of the workers dies: pool.map() would wait for its answer forever."""
+    while True:
+        time.sleep(1)
         dead = [worker for worker in workers if worker.exitcode is not None]
         if dead:
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
             for child in active_children():
                 child.kill()
             os._exit(1)  # A normal exit can hang: it waits for a lock that a dead worker holds.
-
-    return results.get()
 
 
 # Everything below is the same in all bench scripts, so that each works alone: change all three.

@@ -130,7 +130,7 @@ def results():
     columns = {
         "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
         "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
-        "2019, fifty rounds, per ten": (fifty_rounds, 5),
+        "2019, per ten of fifty rounds": (fifty_rounds, 5),
     }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
@@ -140,7 +140,7 @@ def results():
             times_ray = "1"
             if approach != RAY:
                 times = compare(samples[approach], samples[RAY]).ratio
-                times_ray = f"{times:#.2g}".rstrip(".")  # two significant digits
+                times_ray = f"{times:.2f}" if times < 10 else f"{times:.0f}"
             row.append(f"{seconds} s ({times_ray}x)")
         row.append(analyze.PUBLISHED.get(approach, "not shown"))
         rows.append(row)
@@ -603,7 +603,7 @@ def draw_then_and_now():
             axes.plot(range(1, 51), sample.rounds.T, ".", markersize=3, color=colour)
             axes.plot([], [], ".", color=colour, label=approach)
         axes.set_title(title, loc="left")
-        axes.set_xlabel("round of one process")
+        axes.set_xlabel("round")
     left.set_ylabel("seconds of a round")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")

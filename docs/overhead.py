@@ -30,7 +30,7 @@ import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import packages_distributions, version
-from multiprocessing import Barrier, Pool, Process, active_children
+from multiprocessing import Barrier, Pool, Process
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,6 @@ from bench_multiprocessing import (
     machine,
     physical_cores,
     pin,
-    wait_for,
 )
 from bench_ray import ray
 
@@ -517,8 +516,8 @@ def clock(function, *arguments):
 
 def rounds_in(pool, function, cores):
     """Return a function that computes a round in a pool; it returns the seconds and the results."""
-    workers = active_children()
-    return partial(clock, lambda: wait_for(pool.map_async(function, cores), workers))
+    # pool.map() would wait forever for the answer of a worker that has died.
+    return partial(clock, lambda: pool.map_async(function, cores).get(timeout=600))
 
 
 def take_turns(sides, run):
