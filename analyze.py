@@ -82,7 +82,7 @@ DEFINITIONS = """\
   rounds of all trials: a moment of other work on the machine hardly moves it.
 - **Times as long as Ray** are an approach's seconds divided by Ray's: below 1, the approach is
   faster than Ray. The table gives the geometric mean ± the standard deviation.
-- **The 95 % interval** is that of the geometric mean, by Student's t on logarithms. Where two
+- **The 95% interval** is that of the geometric mean, by Student's t on logarithms. Where two
   approaches took turns, the first trials of both are a pair, the second ones another, and so on.
   Otherwise the trials are unpaired, and the interval is that of Welch's test.
 - An interval covers this machine and this hour only. Several intervals stand side by side,
@@ -329,7 +329,7 @@ class Comparison:
 
     ratio: float  # the geometric mean
     standard_deviation: float  # of single ratios; nan if one of the samples is a single trial
-    low: float  # the ends of the 95 % interval of the ratio; nan likewise
+    low: float  # the ends of the 95% interval of the ratio; nan likewise
     high: float
     pairs: int | None  # None: unpaired
 
@@ -484,10 +484,10 @@ def comparison_table(group):
     titles = [
         "approach",
         "trials",
-        f"seconds of {count(group.conditions.rounds, 'round')}",
+        f"seconds for {count(group.conditions.rounds, 'round')}",
         "median round, s",
         "times as long as Ray (Ray's speedup)",
-        "95 % interval",
+        "95% interval",
         "set-up, s",
     ]
     published = group.conditions.rounds == 10
@@ -537,14 +537,14 @@ def remarks(group):
     """Return sentences on what the numbers of a group say."""
     samples = group.samples
     accuracy = 100 * group.trials[0].accuracy
-    sentences = [f"All trials gave the same answers, of which {accuracy:.2f} % are right."]
+    sentences = [f"All trials gave the same answers, of which {accuracy:.2f}% are right."]
     if RAY not in samples:
         sentences.append("There is no trial of Ray, so nothing is compared with it.")
     if POOL in samples and INITIALIZER in samples:
         comparison = compare(samples[POOL], samples[INITIALIZER])
         sentences.append(
             f"{POOL} takes {three_digits(comparison.ratio)} times as long as {INITIALIZER}"
-            f" (95 % interval: {interval_text(comparison)})."
+            f" (95% interval: {interval_text(comparison)})."
         )
 
     if waits_for_autotuner(group.conditions):
@@ -616,8 +616,8 @@ def warnings(group):
             if waits_for_autotuner(group.conditions):
                 remedy = "make more trials, or measure without --array."
             sentences.append(
-                f"**Warning:** the standard deviation of {approach} is {100 * spread:.0f} % of the"
-                f" mean, more than {100 * WIDE_SPREAD:.0f} %: {remedy}"
+                f"**Warning:** the standard deviation of {approach} is {100 * spread:.0f}% of the"
+                f" mean, more than {100 * WIDE_SPREAD:.0f}%: {remedy}"
             )
 
         times_median = sample.rounds / np.median(sample.rounds, axis=1, keepdims=True)
@@ -735,7 +735,7 @@ def draw_trials(axes, groups):
 
     axes.set_xticks(range(len(groups)), [group.num_cpus for group in groups])
     axes.set_xlabel("physical cores")
-    axes.set_ylabel(f"seconds of {count(groups[0].conditions.rounds, 'round')}")
+    axes.set_ylabel(f"seconds for {count(groups[0].conditions.rounds, 'round')}")
     axes.margins(y=0.12)  # Room for the numbers.
     axes.set_ylim(bottom=0)
 
@@ -780,7 +780,7 @@ def draw_rounds(axes, group):
         numbers = range(1, len(rounds) + 1)
         axes.plot(numbers, rounds, ".", color=COLOURS[approach], markersize=4)
     axes.set_xlabel(f"round, one trial after the other, on {count(group.num_cpus, 'core')}")
-    axes.set_ylabel("seconds of a round")
+    axes.set_ylabel("seconds for a round")
     if max(medians) > 10 * min(medians):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")

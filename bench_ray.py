@@ -115,7 +115,7 @@ def main():
             "local",  # Never join a cluster that is already running.
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=10**9,  # 1 GB is plenty. The default is 30 % of the memory.
+            object_store_memory=10**9,  # 1 GB is plenty. The default is 30% of the memory.
             **QUIET,
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]

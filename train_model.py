@@ -124,7 +124,7 @@ def draw_stand_in(training=60_000, test=10_000):
     """Draw images for the training and for the test; return four arrays like MNIST's, by name.
 
     Each digit has a random pattern of black and white pixels. An image shows the pattern of its
-    digit with 0 to 46 % of the pixels inverted: the noisiest cannot be recognized. All arithmetic
+    digit with 0 to 46% of the pixels inverted: the noisiest cannot be recognized. All arithmetic
     is on integers, so the bytes are the same on every machine.
     """
     count = training + test

@@ -77,7 +77,7 @@ def conditions_line(group):
 
 
 def ratio(sample, other):
-    """Return "1.92 (1.85 to 1.99)": times as long, and the 95 % interval."""
+    """Return "1.92 (1.85 to 1.99)": times as long, and the 95% interval."""
     comparison = compare(sample, other)
     return with_ends(comparison.ratio, comparison.low, comparison.high)
 
@@ -128,7 +128,7 @@ def results():
     """Both stacks beside the published figures."""
     fifty_rounds = most_cores("original.jsonl", rounds=50)
     columns = {
-        "today": (most_cores("results.jsonl", array=False, rounds=10), 1),
+        "today, ten rounds": (most_cores("results.jsonl", array=False, rounds=10), 1),
         "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
         "2019, per ten of fifty rounds": (fifty_rounds, 5),
     }
@@ -192,11 +192,11 @@ def waits():
     titles = [
         "cores",
         "approach",
-        "median round of the default, s",
-        "median of those that do not wait, s",
-        "rounds that wait",
-        "by, s",
-        "times as long as Ray",
+        "median round with a Dataset, s",
+        "median `--array` round that does not wait, s",
+        "`--array` rounds that wait",
+        "how much longer these take, s",
+        "`--array`: times as long as Ray",
     ]
     return table(titles, rows)
 
@@ -231,7 +231,7 @@ def claims():
                 verdict = "does not hold here"
             here = ratio(samples[first], samples[second])
             rows.append([stack, claim, quotient, here, verdict])
-    return table(["stack", "the article's claim", "ratio", "here", "verdict"], rows)
+    return table(["software", "the article's claim", "ratio", "on our machine", "verdict"], rows)
 
 
 def with_one_core(name, **conditions):
@@ -269,7 +269,9 @@ def parts():
     }
     measured = seconds["pool_round_seconds"] - seconds["initializer_round_seconds"]
     steps["sum of these steps"] = sum(steps.values())
-    steps["measured r: a round of the pool minus one of the initializer's"] = measured
+    steps["measured r: a round of the reloading pool minus one of the pool with an initializer"] = (
+        measured
+    )
     rows = [
         [step, median_and_range(values), f"{np.median(values / measured):.0%}"]
         for step, values in steps.items()
@@ -291,9 +293,9 @@ def length():
     ]
     titles = [
         "images in a step",
-        "t: initializer, s",
-        "pool, s",
-        "pool / initializer",
+        "t: round of the pool with an initializer, s",
+        "round of the reloading pool, s",
+        "ratio of the two",
         "1 + r/t",
     ]
     return table(titles, rows)
@@ -339,7 +341,7 @@ def draw_lengths():
     axes.plot(t, 1 + r / t, color="black", linewidth=1, label="1 + r/t")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("t: seconds of a round that does not reload")
+    axes.set_xlabel("t: seconds for a round that does not reload")
     axes.set_ylabel("pool / initializer")
     axes.legend()
     return figure
@@ -374,7 +376,7 @@ def beside():
             paired_ratio(seconds, other_seconds),
         ]
         rows.append(row)
-    return table(["this", "beside this", "this, s", "that, s", "times as long"], rows)
+    return table(["A", "B", "A, s", "B, s", "A / B"], rows)
 
 
 def memory():
@@ -401,7 +403,7 @@ def growth():
     tens = [(2, 10), (11, 20), (21, 30), (31, 40), (41, 50)]
     rows = []
     for (tensorflow, variant), runs in runs_of_growth().items():
-        row = [tensorflow, variant, str(len(runs))]
+        row = [tensorflow, variant or "the article's call", str(len(runs))]
         for first, last in tens:
             medians = [
                 np.median([line["seconds"] for line in run if first <= line["call"] <= last])
@@ -418,8 +420,8 @@ def growth():
         "runs",
         *[f"calls {first} to {last}, s" for first, last in tens],
         "operations after calls 2, 10, 40",
-        "Python objects",
-        "MB",
+        "Python objects after these calls",
+        "MB after these calls",
     ]
     return table(titles, rows)
 
@@ -435,7 +437,7 @@ def runs_of_growth():
     runs = {}
     for line in lines:
         if line["run"] not in profiled:
-            variant = ", ".join(flag for flag in flags if line[flag]).replace("_", " ")
+            variant = ", ".join(flag for flag in flags if line[flag])
             found = runs.setdefault((line["tensorflow"], variant), {})
             found.setdefault(line["run"], []).append(line)
     return {key: list(found.values()) for key, found in sorted(runs.items())}
@@ -494,16 +496,18 @@ def profile():
                 found = [call["profile"][function][name] for call in calls]
                 seconds = np.array([own for _, own in found])
                 rest = rest - seconds
-                rows.append([f"`{function}`: {title}, {found[0][0]} times", *seconds])
+                rows.append(
+                    [f"`{function}`: {title}, {analyze.count(found[0][0], 'time')}", *seconds]
+                )
         rows.append([f"`{function}`: the rest", *rest])
     rows.append(["reading the data", *(sum(call["read_seconds"].values()) for call in calls)])
-    rows.append(["the whole call, by the clock", *(call["seconds"] for call in calls)])
+    rows.append(["the whole call", *(call["seconds"] for call in calls)])
     rows = [
         [title, *map(three_digits, seconds), three_digits(seconds[-1] - seconds[0])]
         for title, *seconds in rows
     ]
     titles = [f"call {call['call']}, s" for call in calls]
-    return table(["where", *titles, "last - first, s"], rows)
+    return table(["where", *titles, "call 40 minus call 2, s"], rows)
 
 
 def per_operation():
@@ -520,8 +524,8 @@ def per_operation():
     titles = [
         "call",
         "operations in the graph",
-        "ExtendSession, µs for each of them",
-        "Session.run, µs for each of them",
+        "ExtendSession, µs for each operation",
+        "Session.run, µs for each operation",
     ]
     return table(titles, rows)
 
@@ -546,7 +550,7 @@ def new_pools():
     titles = [
         "approach",
         "runs",
-        "seconds of ten rounds",
+        "seconds for ten rounds",
         "first round, s",
         "tenth round, s",
         "times as long as Ray",
@@ -576,7 +580,7 @@ def stacks():
                 ]
                 rows.append(row)
     titles = [
-        "stack",
+        "software",
         "approach",
         "runs",
         "rounds 1-10, s",
@@ -604,7 +608,7 @@ def draw_then_and_now():
             axes.plot([], [], ".", color=colour, label=approach)
         axes.set_title(title, loc="left")
         axes.set_xlabel("round")
-    left.set_ylabel("seconds of a round")
+    left.set_ylabel("seconds for a round")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
     right.legend(*left.get_legend_handles_labels(), fontsize="small")

@@ -554,7 +554,7 @@ def accuracy(arguments, labels):
         sys.exit("not recorded: the answers differ between workers or between rounds")
     share = np.mean(expected == np.load(arguments.data)["y_test"])
     if share < 0.9:
-        sys.exit(f"not recorded: {share:.1%} of the answers are right, fewer than 90 %")
+        sys.exit(f"not recorded: {share:.1%} of the answers are right, fewer than 90%")
     return share
 
 

@@ -123,7 +123,7 @@ def call(arguments, profile):
 
     accuracy = np.mean(answers.argmax(axis=1) == mnist["y_test"])
     if accuracy < 0.9:
-        sys.exit(f"growth.py: {accuracy:.1%} of the answers are right, fewer than 90 %")
+        sys.exit(f"growth.py: {accuracy:.1%} of the answers are right, fewer than 90%")
     predict_again_seconds = None
     if arguments.parts:
         _, again = timed(lambda: model.predict(x_test, verbose=0), profile=False)

@@ -69,7 +69,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **more):
         sys.exit("not recorded: the answers differ from worker to worker or from round to round")
     accuracy = np.mean(answers[0] == y_test)
     if accuracy < 0.9:
-        sys.exit(f"not recorded: {accuracy:.1%} of the answers are right, fewer than 90 %")
+        sys.exit(f"not recorded: {accuracy:.1%} of the answers are right, fewer than 90%")
     run = {
         "approach": approach,
         "num_cpus": len(answers) // len(round_seconds),

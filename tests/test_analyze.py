@@ -234,10 +234,10 @@ def test_comparison_table():
         [
             "approach",
             "trials",
-            "seconds of 10 rounds",
+            "seconds for 10 rounds",
             "median round, s",
             "times as long as Ray (Ray's speedup)",
-            "95 % interval",
+            "95% interval",
             "set-up, s",
             "published, 48 cores",
         ]
@@ -334,10 +334,10 @@ def test_warning_of_few_trials():
 
 
 def test_warning_of_a_wide_spread():
-    # Mean 4, standard deviation sqrt(2 / 4) = 0.707: 18 %.
+    # Mean 4, standard deviation sqrt(2 / 4) = 0.707: 18%.
     text = report(series(SERIAL, [3.0, 4.0, 5.0, 4.0, 4.0]) + series(RAY, STEADY))
     assert sentences(text, "Warning") == [
-        "- **Warning:** the standard deviation of serial is 18 % of the mean, more than 10 %:"
+        "- **Warning:** the standard deviation of serial is 18% of the mean, more than 10%:"
         " stop other work on the machine and measure again."
     ]
 
@@ -629,7 +629,7 @@ def test_bars_error_bars_and_dots():
     ]
     assert dots(left) == [pytest.approx([7, 9]), pytest.approx([6]), pytest.approx([3, 5])]
     assert left.get_ylim()[0] == 0 and left.get_yscale() == "linear"
-    assert left.get_ylabel() == "seconds of 10 rounds"
+    assert left.get_ylabel() == "seconds for 10 rounds"
 
 
 def test_dots_stand_on_their_bars():
