@@ -10,9 +10,9 @@
 """Time ten rounds of batch prediction with multiprocessing.Pool and a stateless function.
 
 This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
-without Python multiprocessing". In each round, every core classifies all test images. By default
-each call loads the model and the data again. With --initializer each worker loads them once: the
-article mentions this, but shows no code. A batch is all test images; a round is one batch a core.
+without Python multiprocessing". A batch is all test images; in a round, every core has one batch.
+By default, each call loads the model and the data again. With --initializer, each worker loads
+them once: the article mentions this, but shows no code.
 
     python train_model.py                          # once: makes the model and fetches the data
     python bench_multiprocessing.py                # load in every call
@@ -22,13 +22,15 @@ Prints the seconds of each round, and appends the run to results.jsonl if the an
 If a worker dies, the script ends and records nothing.
 
 What differs from the article and can change the times:
-- The data are read from a file. mnist.load_data() would also check the file's hash in every call.
+- The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
+- np.load() replaces mnist.load_data(), which would also check the file's hash in every call.
 - The pool does one round before the clock starts.
-- Each call has a physical core of its own, for all threads of its worker. The article uses the
-  CPUs 0, 1, 2, ..., which can share a core. There, from a worker's second call on, only the main
-  thread moves, and the threads of TensorFlow stay on the first call's core.
-- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
-  gets the array, as in the article.
+- Each call has a physical core of its own, and pins all threads of its worker to it. The article
+  takes the CPUs 0, 1, 2, ..., which can share a core. From a worker's second call on, it pins only
+  the main thread: TensorFlow's threads stay on the core of the first call.
+- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). So whoever loads
+  once also converts the images to float32 only once. With --array, predict() gets the array and
+  converts it in every call, as in the article.
 """
 
 import time
@@ -49,7 +51,7 @@ from functools import partial
 from importlib.metadata import packages_distributions, version
 from multiprocessing import Barrier, Pool, active_children, get_start_method
 from pathlib import Path
-from threading import Thread
+from threading import Thread, main_thread
 
 import numpy as np
 import psutil
@@ -68,6 +70,7 @@ if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
+SETUP_TIMEOUT = 600  # seconds for which a worker waits until all have loaded
 
 # Otherwise TensorFlow warns in every call that it is tracing a model again.
 logging.getLogger("tensorflow").setLevel("ERROR")
@@ -87,28 +90,6 @@ def evaluate_next_batch(filename, datafile, as_array, core):
     return model.predict(x_test, verbose=0)
 
 
-def initialize(filename, datafile, as_array, cores, barrier):
-    global model, x_test  # The worker keeps them between its calls.
-    import tensorflow as tf
-
-    i = barrier.wait()  # A barrier gives each of those who wait a number of its own: 0, 1, 2, ...
-    pin([cores[i]])
-    model = tf.keras.models.load_model(filename)
-    mnist = dict(np.load(datafile))
-    x_test = mnist["x_test"] / 255.0
-    if not as_array:
-        x_test = dataset_without_autotuner(x_test)
-    # Wait until all workers have loaded. Otherwise an early one takes two batches of the untimed
-    # round, and a late one makes its first, slower prediction while the clock runs.
-    barrier.wait()
-
-
-def evaluate_next_batch_loaded(core):
-    # The core is not used: initialize() has pinned the worker. A round has as many batches as
-    # there are idle workers, and each takes one.
-    return model.predict(x_test, verbose=0)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Time batch prediction with a pool of processes.")
     parser.add_argument("--initializer", action="store_true", help="load once in every worker")
@@ -119,21 +100,23 @@ def main():
 
     filename, datafile, as_array = arguments.model, arguments.data, arguments.array
     cores = physical_cores(arguments.num_cpus)
-    if not arguments.initializer:
-        approach = "multiprocessing"
-        pool = Pool(len(cores))
-        # The pool gives each call one argument, its core. The others are always the same.
-        evaluate = partial(evaluate_next_batch, filename, datafile, as_array)
-    else:
+    num_cpus = len(cores)
+    if arguments.initializer:
         approach = "multiprocessing+initializer"
-        barrier = Barrier(len(cores))
-        pool = Pool(len(cores), initialize, (filename, datafile, as_array, cores, barrier))
+        barrier = Barrier(num_cpus, timeout=SETUP_TIMEOUT)
+        pool = Pool(num_cpus, initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
+    else:
+        approach = "multiprocessing"
+        pool = Pool(num_cpus)
+        # pool.map() gives each call one argument, its core. The others are always the same.
+        evaluate = partial(evaluate_next_batch, filename, datafile, as_array)
     workers = active_children()  # The pool replaces one that dies, so watch those of the start.
     Thread(target=exit_if_one_dies, args=[workers], daemon=True).start()
 
-    # One round before the clock starts: the workers import TensorFlow. With --initializer, this
-    # is also where they load, and where the first, slower prediction is made.
+    # One round before the clock starts. All workers are idle, and importing TensorFlow takes
+    # seconds, so each takes one call. With --initializer, this is also where they load, and where
+    # the first, slower prediction is made.
     pool.map(evaluate, cores)
     setup_seconds = time.perf_counter() - STARTED
 
@@ -148,7 +131,6 @@ def main():
         answers += [result.argmax(axis=1) for result in results]
         print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
-    workers.clear()  # From now on, they may end.
     record(
         arguments,
         approach,
@@ -164,18 +146,42 @@ def exit_if_one_dies(workers):
     while True:
         time.sleep(1)
         dead = [worker for worker in workers if worker.exitcode is not None]
-        if dead:
+        if dead and main_thread().is_alive():  # After it, the pool itself ends its workers.
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
             for child in active_children():
                 child.kill()
-            os._exit(1)  # A normal exit can hang: it waits for a lock that a dead worker holds.
+            # A normal exit can hang: it waits for a lock that a dead worker holds.
+            os._exit(1)
+
+
+# For --initializer:
+
+
+def initialize(filename, datafile, as_array, cores, barrier):
+    global model, x_test  # The worker keeps them between its calls.
+    import tensorflow as tf
+
+    i = barrier.wait()  # Returns a different number in each worker: 0, 1, 2, ...
+    pin([cores[i]])
+    model = tf.keras.models.load_model(filename)
+    mnist = dict(np.load(datafile))
+    x_test = mnist["x_test"] / 255.0
+    if not as_array:
+        x_test = dataset_without_autotuner(x_test)
+    # Wait until all workers have loaded. Otherwise an early one could take two batches of the
+    # untimed round, and a late one would make its first, slower prediction while the clock runs.
+    barrier.wait()
+
+
+def evaluate_next_batch_loaded(core):  # The core is not used: initialize() has pinned the worker.
+    return model.predict(x_test, verbose=0)
 
 
 # Everything below is the same in all bench scripts, so that each works alone: change all three.
 
 
 def pin(cpus):
-    """Keep all threads of this process on these CPUs; as in the article, on Linux only.
+    """Keep all threads of this process on these CPUs. On Linux only, like the article's pinning.
 
     On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
     the main thread: threads that start later inherit it, those that already run do not change.
@@ -199,8 +205,8 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = path.read_text() if path.exists() else cpu
-        first_cpu.setdefault(hyper_threads, cpu)
+        core = path.read_text() if path.exists() else cpu  # the same for all its hyper-threads
+        first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
     cpu_max = Path("/sys/fs/cgroup/cpu.max")
@@ -269,8 +275,8 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
+        # By these two, analyze.py compares only runs of the same model and data.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -313,7 +319,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -22,13 +22,15 @@ If an actor dies, Ray starts it again, as the article says. That round takes muc
 others, by which analyze.py notices it.
 
 What differs from the article and can change the times:
-- The data come from a file, not from mnist.load_data().
+- The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
+- np.load() replaces mnist.load_data(), which would also check the file's hash.
 - Each actor loads and predicts once before the clock starts.
 - On one machine, each actor has a physical core of its own, for all its threads. The article uses
   the CPUs 0, 1, 2, ..., which can share a core, and does not pin threads that already run.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
-- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --array it
-  gets the array, as in the article.
+- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). So the images are
+  converted to float32 only once. With --array, predict() gets the array and converts it in every
+  call, as in the article.
 """
 
 import time
@@ -63,12 +65,12 @@ SETTINGS = {
 # These are for this process and a private Ray. Actors on a cluster get only those above.
 RAY_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, too, start workers with plain Python.
-    # A private Ray listens on 127.0.0.1 only, as it does by default on macOS and Windows.
+    # On Linux, too, a private Ray listens on 127.0.0.1 only. A cluster is not affected.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our runtime_env replaces the job's.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
-    "RAY_worker_niceness": "0",  # Normal priority.
+    "RAY_worker_niceness": "0",  # Normal priority. (This name really is in lower case.)
 }
 os.environ.update(SETTINGS | RAY_SETTINGS)
 # Without a home folder, Ray would fail, and Keras would make a folder named ~ here.
@@ -82,7 +84,7 @@ QUIET = {"log_to_driver": False, "logging_level": "error"}
 SETUP_TIMEOUT = 600  # seconds; without a limit, Ray waits forever for a free CPU
 
 
-# If an actor dies, Ray restarts it, up to ten times, and repeats its batch.
+# Each actor occupies one CPU. If it dies, Ray restarts it, up to ten times, and repeats its batch.
 @ray.remote(num_cpus=1, max_restarts=10, max_task_retries=-1)
 class Model:
     def __init__(self, i, filename, datafile, as_array):
@@ -108,20 +110,20 @@ def main():
     arguments = parse_arguments(parser)
 
     cluster = arguments.address is not None
-    if not cluster:
+    if cluster:
+        actors, nodes = start_on_cluster(arguments)
+    else:
         filename, datafile, as_array = arguments.model, arguments.data, arguments.array
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init(
             "local",  # Never join a cluster that is already running.
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=10**9,  # 1 GB is plenty. The default is 30% of the memory.
+            object_store_memory=10**9,  # The default, 30% of the memory, can exceed a limit.
             **QUIET,
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]
         nodes = 1
-    else:
-        actors, nodes = start_on_cluster(arguments)
 
     # One round before the clock starts: the actors load, and make the first, slower prediction.
     ray.get([actor.evaluate_next_batch.remote() for actor in actors], timeout=SETUP_TIMEOUT)
@@ -183,15 +185,14 @@ def start_on_cluster(arguments):
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
         on_node = Model.options(scheduling_strategy=strategy)
         actors.append(on_node.remote(i, "model.keras", "mnist.npz", arguments.array))
-    nodes = {node_id for node_id, _ in slots}
-    return actors, len(nodes)
+    return actors, len({node_id for node_id, _ in slots})
 
 
 # Everything below is the same in all bench scripts, so that each works alone: change all three.
 
 
 def pin(cpus):
-    """Keep all threads of this process on these CPUs; as in the article, on Linux only.
+    """Keep all threads of this process on these CPUs. On Linux only, like the article's pinning.
 
     On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
     the main thread: threads that start later inherit it, those that already run do not change.
@@ -215,8 +216,8 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = path.read_text() if path.exists() else cpu
-        first_cpu.setdefault(hyper_threads, cpu)
+        core = path.read_text() if path.exists() else cpu  # the same for all its hyper-threads
+        first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
     cpu_max = Path("/sys/fs/cgroup/cpu.max")
@@ -285,8 +286,8 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
+        # By these two, analyze.py compares only runs of the same model and data.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -329,7 +330,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -10,9 +10,9 @@
 """Time ten rounds of batch prediction in one process, which takes one batch after the other.
 
 This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
-without Python multiprocessing". In each round, the process classifies all test images once for
-every core. Only Python is serial: TensorFlow may use several threads. The article shows no code
-for this side.
+without Python multiprocessing". A batch is all test images; in a round, the process takes one
+batch for every core. Only Python is serial: TensorFlow may use several threads. The article shows
+no code for this side.
 
     python train_model.py   # once: makes the model and fetches the data
     python bench_serial.py
@@ -92,7 +92,7 @@ def main():
 
 
 def pin(cpus):
-    """Keep all threads of this process on these CPUs; as in the article, on Linux only.
+    """Keep all threads of this process on these CPUs. On Linux only, like the article's pinning.
 
     On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
     the main thread: threads that start later inherit it, those that already run do not change.
@@ -116,8 +116,8 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        hyper_threads = path.read_text() if path.exists() else cpu
-        first_cpu.setdefault(hyper_threads, cpu)
+        core = path.read_text() if path.exists() else cpu  # the same for all its hyper-threads
+        first_cpu.setdefault(core, cpu)
     cores = list(first_cpu.values())
 
     cpu_max = Path("/sys/fs/cgroup/cpu.max")
@@ -186,8 +186,8 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        # By these, analyze.py compares only runs of the same model and data.
         "labels": digest(answers[0].astype("uint8")),
+        # By these two, analyze.py compares only runs of the same model and data.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -230,7 +230,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with the dates in it."""
+    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 
