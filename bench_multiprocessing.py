@@ -7,7 +7,7 @@
 #     "tensorflow==2.21.0",
 # ]
 # ///
-"""Time ten rounds of batch prediction with multiprocessing.Pool and a stateless function.
+"""Time ten rounds of batch prediction with multiprocessing.Pool.
 
 This is benchmark 3, "expensive initialization", of the article "10x faster parallel Python
 without Python multiprocessing". A batch is all test images; in a round, every core has one batch.
@@ -26,10 +26,10 @@ What differs from the article and can change the times:
 - np.load() replaces mnist.load_data(), which would also check the file's hash in every call.
 - The pool does one round before the clock starts.
 - Each call has a physical core of its own, and pins all threads of its worker to it. The article
-  takes the CPUs 0, 1, 2, ..., which can share a core. From a worker's second call on, it pins only
-  the main thread: TensorFlow's threads stay on the core of the first call.
-- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). So whoever loads
-  once also converts the images to float32 only once. With --array, predict() gets the array and
+  takes the CPUs 0, 1, 2, ..., which can share a core, and pins only the main thread: TensorFlow's
+  threads stay on the core of the worker's first call.
+- predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --initializer,
+  this also converts the images to float32 only once. With --array, predict() gets the array and
   converts it in every call, as in the article.
 """
 
@@ -72,15 +72,16 @@ if not os.access(os.path.expanduser("~"), os.W_OK):
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 SETUP_TIMEOUT = 600  # seconds for which a worker waits until all have loaded
 
-# Otherwise TensorFlow warns in every call that it is tracing a model again.
+# Otherwise TensorFlow warns in every call that it is tracing a model again. All workers inherit
+# this, forked or spawned.
 logging.getLogger("tensorflow").setLevel("ERROR")
 
 
-def evaluate_next_batch(filename, datafile, as_array, core):
+def evaluate_next_batch(filename, datafile, as_array, cores, i):
     import tensorflow as tf  # Not at the top: a process forked after TensorFlow starts can hang.
 
     # Pin each call to one core. Otherwise the TensorFlow threads of all workers compete.
-    pin([core])
+    pin([cores[i]])
     model = tf.keras.models.load_model(filename)
     mnist = dict(np.load(datafile))  # Reads all four arrays, as mnist.load_data() does.
     x_test = mnist["x_test"] / 255.0
@@ -103,28 +104,29 @@ def main():
     num_cpus = len(cores)
     if arguments.initializer:
         approach = "multiprocessing+initializer"
+        # At the barrier, initialize() numbers the workers, and waits until all have loaded.
         barrier = Barrier(num_cpus, timeout=SETUP_TIMEOUT)
         pool = Pool(num_cpus, initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
     else:
         approach = "multiprocessing"
         pool = Pool(num_cpus)
-        # pool.map() gives each call one argument, its core. The others are always the same.
-        evaluate = partial(evaluate_next_batch, filename, datafile, as_array)
-    workers = active_children()  # The pool replaces one that dies, so watch those of the start.
-    Thread(target=exit_if_one_dies, args=[workers], daemon=True).start()
+        # pool.map() gives each call only its number i. The other arguments are always the same.
+        evaluate = partial(evaluate_next_batch, filename, datafile, as_array, cores)
+    # Watch the workers of the start: the pool replaces one that dies.
+    Thread(target=exit_if_one_dies, args=[pool, active_children()], daemon=True).start()
 
-    # One round before the clock starts. All workers are idle, and importing TensorFlow takes
-    # seconds, so each takes one call. With --initializer, this is also where they load, and where
-    # the first, slower prediction is made.
-    pool.map(evaluate, cores)
+    # One round before the clock starts, with one call for each worker. By default, each call first
+    # imports TensorFlow for seconds, so no worker is back in time for a second one. With
+    # --initializer, the workers wait for each other, and make their first, slower prediction.
+    pool.map(evaluate, range(num_cpus))
     setup_seconds = time.perf_counter() - STARTED
 
     round_seconds = []
     answers = []
     for _ in range(arguments.rounds):
         start = time.perf_counter()
-        results = pool.map(evaluate, cores)
+        results = pool.map(evaluate, range(num_cpus))
         seconds = time.perf_counter() - start
 
         round_seconds.append(seconds)
@@ -141,14 +143,18 @@ def main():
     )
 
 
-def exit_if_one_dies(workers):
-    """End the script if one of the workers dies: pool.map() would wait for its answer forever."""
+def exit_if_one_dies(pool, workers):
+    """End the script if one of the workers dies: pool.map() would wait for its answer forever.
+
+    The pool is not used, only held. Otherwise it would end its workers when main() returns, and
+    they would look dead. So it ends them later, at the exit.
+    """
     while True:
         time.sleep(1)
         dead = [worker for worker in workers if worker.exitcode is not None]
-        if dead and main_thread().is_alive():  # After it, the pool itself ends its workers.
+        if dead and main_thread().is_alive():  # It is not alive any more at the exit.
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
-            for child in active_children():
+            for child in active_children():  # also those that have replaced one
                 child.kill()
             # A normal exit can hang: it waits for a lock that a dead worker holds.
             os._exit(1)
@@ -173,7 +179,7 @@ def initialize(filename, datafile, as_array, cores, barrier):
     barrier.wait()
 
 
-def evaluate_next_batch_loaded(core):  # The core is not used: initialize() has pinned the worker.
+def evaluate_next_batch_loaded(i):  # i is not used: initialize() has pinned the worker.
     return model.predict(x_test, verbose=0)
 
 
@@ -198,9 +204,9 @@ def physical_cores(count=None):
     A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
-        allowed = sorted(psutil.Process().cpu_affinity())
+        allowed = sorted(os.sched_getaffinity(0))
     else:
-        allowed = range(psutil.cpu_count(logical=False) or 1)
+        allowed = range(psutil.cpu_count(logical=False) or 1)  # Only their number matters there.
 
     first_cpu = {}
     for cpu in allowed:
@@ -275,8 +281,9 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),
-        # By these two, analyze.py compares only runs of the same model and data.
+        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
+        # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -319,7 +326,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
+    """Return the SHA-256 of the parts, which are arrays or bytes."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

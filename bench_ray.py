@@ -18,15 +18,16 @@ without Python multiprocessing". A batch is all test images; in a round, every a
     python bench_ray.py --address auto  # on a running cluster, with an actor for each CPU
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-If an actor dies, Ray starts it again, as the article says. That round takes much longer than the
-others, by which analyze.py notices it.
+If an actor dies, Ray starts it again, as the article says. The run is recorded all the same. Its
+longest round takes much longer than the others, by which analyze.py notices it.
 
 What differs from the article and can change the times:
 - The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
 - np.load() replaces mnist.load_data(), which would also check the file's hash.
 - Each actor loads and predicts once before the clock starts.
-- On one machine, each actor has a physical core of its own, for all its threads. The article uses
-  the CPUs 0, 1, 2, ..., which can share a core, and does not pin threads that already run.
+- Each actor has a physical core of its own, for all its threads (on a cluster, if its nodes are
+  started as start_on_cluster() says). The article uses the CPUs 0, 1, 2, ..., which can share a
+  core, and does not pin threads that already run.
 - On a private Ray, actors have normal priority, like a pool's workers. Ray's default is lower.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). So the images are
   converted to float32 only once. With --array, predict() gets the array and converts it in every
@@ -67,8 +68,9 @@ RAY_SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Under `uv run`, too, start workers with plain Python.
     # On Linux, too, a private Ray listens on 127.0.0.1 only. A cluster is not affected.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_NUM_REDIS_GET_RETRIES": "2",  # Give up after a minute and a half if no cluster answers.
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our runtime_env replaces the job's.
+    # If a port is open, but no cluster answers there, give up after a minute and a half.
+    "RAY_NUM_REDIS_GET_RETRIES": "2",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # In a Ray job, our runtime_env wins over the job's.
     "RAY_USAGE_STATS_ENABLED": "0",  # Send no usage statistics.
     "RAY_worker_niceness": "0",  # Normal priority. (This name really is in lower case.)
 }
@@ -119,7 +121,7 @@ def main():
             "local",  # Never join a cluster that is already running.
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=10**9,  # The default, 30% of the memory, can exceed a limit.
+            object_store_memory=10**9,  # The default, 30% of the memory, can exceed `ulimit -v`.
             **QUIET,
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]
@@ -177,7 +179,7 @@ def start_on_cluster(arguments):
     needed = arguments.num_cpus or 1
     if len(slots) < needed:
         sys.exit(f"the cluster at {address} has {len(slots)} CPUs: too few, {needed} needed")
-    slots = slots[: arguments.num_cpus]
+    slots = slots[: arguments.num_cpus]  # node by node; all of them by default
 
     actors = []
     for node_id, i in slots:
@@ -209,9 +211,9 @@ def physical_cores(count=None):
     A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
-        allowed = sorted(psutil.Process().cpu_affinity())
+        allowed = sorted(os.sched_getaffinity(0))
     else:
-        allowed = range(psutil.cpu_count(logical=False) or 1)
+        allowed = range(psutil.cpu_count(logical=False) or 1)  # Only their number matters there.
 
     first_cpu = {}
     for cpu in allowed:
@@ -286,8 +288,9 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),
-        # By these two, analyze.py compares only runs of the same model and data.
+        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
+        # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -330,7 +333,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
+    """Return the SHA-256 of the parts, which are arrays or bytes."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

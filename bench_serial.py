@@ -109,9 +109,9 @@ def physical_cores(count=None):
     A container's CPU quota (cgroup v2) is a limit, too. Exits if there are fewer than `count`.
     """
     if sys.platform == "linux":
-        allowed = sorted(psutil.Process().cpu_affinity())
+        allowed = sorted(os.sched_getaffinity(0))
     else:
-        allowed = range(psutil.cpu_count(logical=False) or 1)
+        allowed = range(psutil.cpu_count(logical=False) or 1)  # Only their number matters there.
 
     first_cpu = {}
     for cpu in allowed:
@@ -186,8 +186,9 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),
-        # By these two, analyze.py compares only runs of the same model and data.
+        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
+        # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),
@@ -230,7 +231,7 @@ def machine():
 
 
 def digest(*parts):
-    """Return the SHA-256 of the parts. That of a whole file would change with dates inside it."""
+    """Return the SHA-256 of the parts, which are arrays or bytes."""
     return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
 

@@ -246,7 +246,7 @@ def calls(trained):
         import sys
         from bench_multiprocessing import evaluate_next_batch
         for core in sys.stdin:
-            evaluate_next_batch(sys.argv[1], sys.argv[2], False, int(core))
+            evaluate_next_batch(sys.argv[1], sys.argv[2], False, [int(core)], 0)
             print("done", flush=True)
         """
     calls = []

@@ -4,7 +4,7 @@ import signal
 import statistics
 
 import pytest
-from conftest import has_tensorflow, wait_until
+from conftest import ROOT, has_tensorflow, run, wait_until, without_chatter
 
 ENDLESS = ["--rounds", 1_000_000]
 EARLIER = '{"approach": "an earlier record"}\n'
@@ -77,6 +77,18 @@ def test_a_worker_that_is_killed_while_it_loads_ends_the_run(start):
     bench.results.write_text(EARLIER)
     victim.kill()
     assert "worker has died" in check_the_end(bench).splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--initializer"]])
+def test_the_end_of_a_pool_is_not_taken_for_the_death_of_its_workers(flags, trained, tmp_path):
+    """Even if the script looks at them a thousand times as often."""
+    code = (ROOT / "bench_multiprocessing.py").read_text()
+    assert "time.sleep(1)\n" in code
+    script = tmp_path / "bench_multiprocessing.py"
+    script.write_text(code.replace("time.sleep(1)\n", "time.sleep(0.001)\n"))
+    files = ["--model", trained[0], "--data", trained[1], "--output", tmp_path / "results.jsonl"]
+    done = run(script, "--rounds", 1, *flags, *files)
+    assert (done.returncode, without_chatter(done.stderr)) == (0, "")
 
 
 def test_ctrl_c_in_a_round_ends_ray(start):
