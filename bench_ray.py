@@ -18,6 +18,7 @@ without Python multiprocessing". A batch is all test images; in a round, every a
     python bench_ray.py --address auto  # on a running cluster, with an actor for each CPU
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
+In a Ray job, use --address auto, and give --output a full path: the job's own folder is temporary.
 If an actor dies, Ray starts it again, as the article says. The run is recorded all the same. Its
 longest round takes much longer than the others, by which analyze.py notices it.
 
