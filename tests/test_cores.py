@@ -29,10 +29,10 @@ def machine(tmp_path, monkeypatch):
             file = tmp_path / "sys/fs/cgroup/cpu.max"
             file.parent.mkdir(parents=True)
             file.write_text(cpu_max)
-        cpus = list(allowed or siblings)
+        cpus = set(allowed or siblings)
         monkeypatch.setattr(bench, "Path", lambda path: tmp_path / path.removeprefix("/"))
         monkeypatch.setattr(bench.sys, "platform", "linux")
-        monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: cpus, raising=False)
+        monkeypatch.setattr(bench.os, "sched_getaffinity", lambda process: cpus, raising=False)
 
     return machine
 
@@ -97,6 +97,6 @@ def test_where_processes_cannot_be_pinned_cores_are_only_counted(
 ):
     machine({})
     monkeypatch.setattr(bench.sys, "platform", "darwin")
-    monkeypatch.delattr(psutil.Process, "cpu_affinity")
+    monkeypatch.delattr(bench.os, "sched_getaffinity")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12 if logical else counted)
     assert bench.physical_cores() == cores
