@@ -31,6 +31,7 @@ What differs from the article and can change the times:
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --initializer,
   this also converts the images to float32 only once. With --array, predict() gets the array and
   converts it in every call, as in the article.
+- predict() is told to be silent, which was its default then.
 """
 
 import time
@@ -65,7 +66,7 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-# Without a home folder, Keras would make a folder named ~ here.
+# If the home folder is missing or read-only, use /tmp: Keras would make a folder named ~ here.
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 

@@ -33,6 +33,7 @@ What differs from the article and can change the times:
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). So the images are
   converted to float32 only once. With --array, predict() gets the array and converts it in every
   call, as in the article.
+- predict() is told to be silent, which was its default then.
 """
 
 import time
@@ -76,7 +77,7 @@ RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # Normal priority. (This name really is in lower case.)
 }
 os.environ.update(SETTINGS | RAY_SETTINGS)
-# Without a home folder, Ray would fail, and Keras would make a folder named ~ here.
+# If the home folder is missing or read-only, use /tmp: Ray would fail.
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 import ray

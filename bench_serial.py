@@ -49,7 +49,7 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-# Without a home folder, Keras would make a folder named ~ here.
+# If the home folder is missing or read-only, use /tmp: Keras would make a folder named ~ here.
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
