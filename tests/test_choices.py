@@ -72,7 +72,7 @@ class Model:
         return self.calls
 
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-options = {"max_restarts": -1, "max_task_retries": -1}
+options = {"max_restarts": 3, "max_task_retries": 3}
 answers = []
 restarted = ray.remote(**options)(Model).remote("restarted")
 answers.append(ray.get(restarted.evaluate.remote()))

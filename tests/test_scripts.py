@@ -16,6 +16,23 @@ from conftest import ENVIRONMENT, ROOT, expected_labels
 BENCHES = sorted(ROOT.glob("bench_*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+# What stands below the snippet with the initializer: the same with an executor.
+[INITIALIZER] = [code for code in SNIPPETS if "Pool(num_cpus, initialize)" in code]
+EXECUTOR = (
+    INITIALIZER.replace(
+        "from multiprocessing import Pool\n",
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n",
+    )
+    .replace(
+        "Pool(num_cpus, initialize)",
+        'ProcessPoolExecutor(num_cpus, get_context("spawn"), initialize)',
+    )
+    .replace(
+        "pool.map(evaluate_next_batch, range(num_cpus))",
+        "list(pool.map(evaluate_next_batch, range(num_cpus)))",
+    )
+)
 
 
 def test_what_stands_below_the_line_is_the_same_in_all_bench_scripts():
@@ -146,11 +163,11 @@ def folder(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+@pytest.mark.parametrize("index", range(len(SNIPPETS) + 1))
 def test_a_snippet_of_the_readme_gives_the_answers_of_its_model(
     index, trained, folder, environment, tmp_path
 ):
-    code = SNIPPETS[index]
+    code = [*SNIPPETS, EXECUTOR][index]
     models = [folder / name for name in re.findall(r"/tmp/(\w+\.keras)", code)]
     assert models
     for model, source in zip(models, [trained[0], folder / "model.keras"], strict=False):
