@@ -19,15 +19,15 @@ them once: the article mentions this, but shows no code.
     python bench_multiprocessing.py --initializer  # load once
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
-If a worker dies, the script ends and records nothing.
+If a worker dies in a round, the script ends, and records nothing.
 
 What differs from the article and can change the times:
 - The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
 - np.load() replaces mnist.load_data(), which would also check the file's hash in every call.
 - The pool does one round before the clock starts.
-- Each call has a physical core of its own, and pins all threads of its worker to it. The article
-  takes the CPUs 0, 1, 2, ..., which can share a core, and pins only the main thread: TensorFlow's
-  threads stay on the core of the worker's first call.
+- Each call has a physical core of its own, and all threads of its worker move there. In the
+  article, only the main thread moves: TensorFlow's threads stay where the worker's first call was.
+  Also, the article's CPUs 0, 1, 2, ... can share a core.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --initializer,
   this also converts the images to float32 only once. With --array, predict() gets the array and
   converts it in every call, as in the article.
@@ -66,15 +66,15 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-# If the home folder is missing or read-only, use /tmp: Keras would make a folder named ~ here.
+# If there is no writable home folder, use /tmp. (If none is known, Keras makes one named ~ here.)
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
 SETUP_TIMEOUT = 600  # seconds for which a worker waits until all have loaded
 
-# Otherwise TensorFlow warns in every call that it is tracing a model again. All workers inherit
-# this, forked or spawned.
+# Otherwise TensorFlow warns in every call that it is tracing a model again. Forked workers inherit
+# this; spawned ones run this line themselves.
 logging.getLogger("tensorflow").setLevel("ERROR")
 
 
@@ -105,7 +105,7 @@ def main():
     num_cpus = len(cores)
     if arguments.initializer:
         approach = "multiprocessing+initializer"
-        # At the barrier, initialize() numbers the workers, and waits until all have loaded.
+        # initialize() waits at it twice: to number the workers, and until all have loaded.
         barrier = Barrier(num_cpus, timeout=SETUP_TIMEOUT)
         pool = Pool(num_cpus, initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
@@ -114,12 +114,12 @@ def main():
         pool = Pool(num_cpus)
         # pool.map() gives each call only its number i. The other arguments are always the same.
         evaluate = partial(evaluate_next_batch, filename, datafile, as_array, cores)
-    # Watch the workers of the start: the pool replaces one that dies.
+    # Watch the first workers. The pool would replace a dead one, but never repeat its call.
     Thread(target=exit_if_one_dies, args=[pool, active_children()], daemon=True).start()
 
-    # One round before the clock starts, with one call for each worker. By default, each call first
-    # imports TensorFlow for seconds, so no worker is back in time for a second one. With
-    # --initializer, the workers wait for each other, and make their first, slower prediction.
+    # One round before the clock starts. Every worker has one call in it: by default to import
+    # TensorFlow, with --initializer to make its first, slower prediction. None can take two: the
+    # import takes seconds, and with --initializer all start together, after the barrier.
     pool.map(evaluate, range(num_cpus))
     setup_seconds = time.perf_counter() - STARTED
 
@@ -147,13 +147,13 @@ def main():
 def exit_if_one_dies(pool, workers):
     """End the script if one of the workers dies: pool.map() would wait for its answer forever.
 
-    The pool is not used, only held. Otherwise it would end its workers when main() returns, and
-    they would look dead. So it ends them later, at the exit.
+    The pool is passed only to keep it alive after main() returns. If Python freed it there, it
+    would stop its workers while the main thread is alive, and that would look like a death.
     """
     while True:
         time.sleep(1)
         dead = [worker for worker in workers if worker.exitcode is not None]
-        if dead and main_thread().is_alive():  # It is not alive any more at the exit.
+        if dead and main_thread().is_alive():  # At the exit, the pool stops its workers.
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
             for child in active_children():  # also those that have replaced one
                 child.kill()
@@ -245,7 +245,9 @@ def dataset_without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument(
+        "--num-cpus", type=int, help="batches in a round; default: one per core (cluster: CPU)"
+    )
     parser.add_argument("--array", action="store_true", help="give predict() a plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
@@ -282,7 +284,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        "labels": digest(answers[0].astype("uint8")),  # analyze.py checks that all agree.
         # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
         # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),

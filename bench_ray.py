@@ -19,8 +19,8 @@ without Python multiprocessing". A batch is all test images; in a round, every a
 
 Prints the seconds of each round, and appends the run to results.jsonl if the answers are right.
 In a Ray job, use --address auto, and give --output a full path: the job's own folder is temporary.
-If an actor dies, Ray starts it again, as the article says. The run is recorded all the same. Its
-longest round takes much longer than the others, by which analyze.py notices it.
+If an actor dies, Ray starts it again, as the article says, and the run is still recorded. That
+round takes much longer than the others, so analyze.py can tell.
 
 What differs from the article and can change the times:
 - The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
@@ -77,7 +77,7 @@ RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # Normal priority. (This name really is in lower case.)
 }
 os.environ.update(SETTINGS | RAY_SETTINGS)
-# If the home folder is missing or read-only, use /tmp: Ray would fail.
+# If there is no writable home folder, use /tmp. Ray would fail without one.
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 import ray
@@ -113,10 +113,7 @@ def main():
     parser.add_argument("--address", help="of a cluster, or auto; default: start a private Ray")
     arguments = parse_arguments(parser)
 
-    cluster = arguments.address is not None
-    if cluster:
-        actors, nodes = start_on_cluster(arguments)
-    else:
+    if arguments.address is None:
         filename, datafile, as_array = arguments.model, arguments.data, arguments.array
         num_cpus = len(physical_cores(arguments.num_cpus))
         ray.init(
@@ -128,6 +125,8 @@ def main():
         )
         actors = [Model.remote(i, filename, datafile, as_array) for i in range(num_cpus)]
         nodes = 1
+    else:
+        actors, nodes = start_on_cluster(arguments)
 
     # One round before the clock starts: the actors load, and make the first, slower prediction.
     ray.get([actor.evaluate_next_batch.remote() for actor in actors], timeout=SETUP_TIMEOUT)
@@ -144,6 +143,7 @@ def main():
         answers += [result.argmax(axis=1) for result in results]
         print(f"round {len(round_seconds)}: {seconds:.3f} s", flush=True)
 
+    cluster = arguments.address is not None
     record(arguments, "ray", setup_seconds, round_seconds, answers, nodes=nodes, cluster=cluster)
 
 
@@ -161,7 +161,8 @@ def start_on_cluster(arguments):
     if address != "auto":  # It is host:6379, [::1]:6379, or ray://host:10001.
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), port), timeout=15).close()
+            # A host can have two addresses, and the timeout is for each.
+            socket.create_connection((host.strip("[]"), port), timeout=7).close()
         except OSError as error:  # Ray would take much longer to say so.
             sys.exit(f"no Ray cluster answers at {address}: {error}")
 
@@ -253,7 +254,9 @@ def dataset_without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument(
+        "--num-cpus", type=int, help="batches in a round; default: one per core (cluster: CPU)"
+    )
     parser.add_argument("--array", action="store_true", help="give predict() a plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
@@ -290,7 +293,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        "labels": digest(answers[0].astype("uint8")),  # analyze.py checks that all agree.
         # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
         # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),

@@ -49,7 +49,7 @@ SETTINGS = {
     "TF_USE_LEGACY_KERAS": "0",  # The model was saved by Keras 3.
 }
 os.environ.update(SETTINGS)
-# If the home folder is missing or read-only, use /tmp: Keras would make a folder named ~ here.
+# If there is no writable home folder, use /tmp. (If none is known, Keras makes one named ~ here.)
 if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
@@ -149,7 +149,9 @@ def dataset_without_autotuner(x_test):
 def parse_arguments(parser):
     """Add the flags that all bench scripts have, parse the command line, and check it."""
     parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num-cpus", type=int, help="batches in a round; default: one per core")
+    parser.add_argument(
+        "--num-cpus", type=int, help="batches in a round; default: one per core (cluster: CPU)"
+    )
     parser.add_argument("--array", action="store_true", help="give predict() a plain array")
     parser.add_argument("--model", default="/tmp/model.keras", help="default: %(default)s")
     parser.add_argument("--data", default="/tmp/mnist.npz", help="default: %(default)s")
@@ -186,7 +188,7 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "setup_seconds": setup_seconds,
         "round_seconds": round_seconds,
         "accuracy": accuracy,
-        "labels": digest(answers[0].astype("uint8")),  # The approaches must agree.
+        "labels": digest(answers[0].astype("uint8")),  # analyze.py checks that all agree.
         # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
         # they contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
