@@ -171,6 +171,12 @@ def full():
     return "".join(parts) + "\n"
 
 
+def slow_hour():
+    """The tables of analyze.py for five runs when the machine was slow."""
+    [group] = groups("slow-hour.jsonl")
+    return "\n" + analyze.comparison_table(group) + "\n" + conditions_line(group) + "\n"
+
+
 def waits():
     """With --array: how many rounds wait for the autotuner, and how much longer they are."""
     rows = []
@@ -622,6 +628,7 @@ TABLES = {
     "run": run,
     "results": results,
     "full": full,
+    "slow_hour": slow_hour,
     "waits": waits,
     "claims": claims,
     "parts": parts,

@@ -24,6 +24,7 @@ def samples():
     return {
         "today": measured.with_one_core("results.jsonl", array=False),
         "today, --array": measured.most_cores("results.jsonl", array=True, rounds=10),
+        "slow hour": measured.most_cores("slow-hour.jsonl"),
         "new pool": measured.most_cores("original.jsonl", rounds=10),
         "fifty rounds": measured.most_cores("original.jsonl", rounds=50),
     }
@@ -59,6 +60,8 @@ SENTENCES = [
     ("s with Ray, ", "today", seconds_with_set_up(SERIAL)),
     ("s with serial Python, ", "today", seconds_with_set_up(POOL)),
     ("s with the reloading pool, and ", "today", seconds_with_set_up(INITIALIZER)),
+    ("five runs of `make` gave ", "slow hour", of_ray(POOL)),
+    ("for the reloading pool, and ", "slow hour", of_ray(INITIALIZER)),
     ("kept to one core, serial Python takes ", "today", of_ray(measured.ONE_CORE)),
     ("if it may use both, ", "today", of_ray(SERIAL)),
     ("the array, and the reloading pool takes ", "today, --array", of_ray(POOL)),
