@@ -71,7 +71,6 @@ if not os.access(os.path.expanduser("~"), os.W_OK):
     os.environ["HOME"] = "/tmp"
 
 PACKAGES = ["keras", "numpy", "tensorflow"]  # record() notes their versions.
-SETUP_TIMEOUT = 600  # seconds for which a worker waits until all have loaded
 
 # Otherwise TensorFlow warns in every call that it is tracing a model again. Forked workers inherit
 # this; spawned ones run this line themselves.
@@ -106,7 +105,7 @@ def main():
     if arguments.initializer:
         approach = "multiprocessing+initializer"
         # initialize() waits at it twice: to number the workers, and until all have loaded.
-        barrier = Barrier(num_cpus, timeout=SETUP_TIMEOUT)
+        barrier = Barrier(num_cpus)
         pool = Pool(num_cpus, initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
     else:

@@ -137,14 +137,10 @@ def results():
         row = [approach]
         for samples, tens in columns.values():
             sample = samples[approach]
-            seconds = (
-                f"{three_digits(sample.mean / tens)} ± {sample.standard_deviation / tens:#.2g} s"
-            )
-            times_ray = "1"
-            if approach != RAY:
-                times = compare(sample, samples[RAY]).ratio
-                times_ray = f"{times:.2f}" if times < 10 else f"{times:.0f}"
-            row.append(f"{seconds} ({times_ray}x)")
+            mean = three_digits(sample.mean / tens)
+            deviation = f"{sample.standard_deviation / tens:#.2g}"
+            times_ray = three_digits(compare(sample, samples[RAY]).ratio)
+            row.append(f"{mean} ± {deviation} s ({times_ray}x)")
         row.append(analyze.PUBLISHED.get(approach, "not shown"))
         rows.append(row)
     titles = [
@@ -278,9 +274,7 @@ def parts():
     }
     measured = seconds["pool_round_seconds"] - seconds["initializer_round_seconds"]
     steps["sum of these steps"] = sum(steps.values())
-    steps["measured r: a round of the reloading pool minus one of the pool with an initializer"] = (
-        measured
-    )
+    steps["measured r: the reloading pool's round minus the initializer's"] = measured
     rows = [
         [step, median_and_range(values), f"{np.median(values / measured):.0%}"]
         for step, values in steps.items()
@@ -515,8 +509,10 @@ def profile():
         [title, *map(three_digits, seconds), three_digits(seconds[-1] - seconds[0])]
         for title, *seconds in rows
     ]
-    titles = [f"call {call['call']}, s" for call in calls]
-    return table(["where", *titles, "call 40 minus call 2, s"], rows)
+    numbers = [call["call"] for call in calls]
+    titles = [f"call {number}, s" for number in numbers]
+    growth = f"call {numbers[-1]} minus call {numbers[0]}, s"
+    return table(["where", *titles, growth], rows)
 
 
 def per_operation():

@@ -115,8 +115,8 @@ def parts(arguments, run):
         Pool(1) as pool,
         Pool(1, initialize, (*inputs, False, cores, Barrier(1))) as initialized,
     ):
-        reload = rounds_in(pool, partial(evaluate_next_batch, *inputs, False, cores), len(cores))
-        reload_in_steps = rounds_in(pool, partial(evaluate_in_steps, *inputs, cores), len(cores))
+        reload = rounds_in(pool, partial(evaluate_next_batch, *inputs, False, cores), cores)
+        reload_in_steps = rounds_in(pool, partial(evaluate_in_steps, *inputs, cores), cores)
 
         def time_steps():
             _, [(step_seconds, result)] = reload_in_steps()
@@ -125,7 +125,7 @@ def parts(arguments, run):
         sides = {
             "pool": reload,
             "steps": time_steps,
-            "initializer": rounds_in(initialized, evaluate_next_batch_loaded, len(cores)),
+            "initializer": rounds_in(initialized, evaluate_next_batch_loaded, cores),
         }
         seconds, labels = take_turns(sides, run)
 
@@ -201,8 +201,8 @@ def length(arguments, run):
         for size in BATCH_SIZES:
             reload = partial(evaluate_length, *inputs, size, cores)
             loaded = partial(evaluate_length_loaded, size)
-            sides["multiprocessing", size] = rounds_in(pool, reload, len(cores))
-            sides["multiprocessing+initializer", size] = rounds_in(initialized, loaded, len(cores))
+            sides["multiprocessing", size] = rounds_in(pool, reload, cores)
+            sides["multiprocessing+initializer", size] = rounds_in(initialized, loaded, cores)
         seconds, labels = take_turns(sides, run)
 
     for what, batch_size in sides:
@@ -271,7 +271,7 @@ def threads(arguments, run):
         sides = {
             "serial": lambda: serial.submit(clock, predict_in_series, cores).result(),
             "threads": lambda: threaded.submit(clock, predict_in_threads, cores).result(),
-            "multiprocessing+initializer": rounds_in(pool, evaluate_next_batch_loaded, len(cores)),
+            "multiprocessing+initializer": rounds_in(pool, evaluate_next_batch_loaded, cores),
         }
         seconds, labels = take_turns(sides, run)
 
@@ -340,9 +340,7 @@ def executors(arguments, run):
                 return [future.result() for future in futures]
 
             sides = {
-                "multiprocessing+initializer": rounds_in(
-                    pool, evaluate_next_batch_loaded, len(cores)
-                ),
+                "multiprocessing+initializer": rounds_in(pool, evaluate_next_batch_loaded, cores),
                 "executors": partial(clock, evaluate_next_batches),
             }
             seconds, labels = take_turns(sides, run)
@@ -442,7 +440,7 @@ def idle(arguments, run):
         Pool(len(cores), initialize, (*inputs, cores, Barrier(len(cores)))) as pool,
         ProcessPoolExecutor(1) as driver,
     ):
-        evaluate_next_batches = rounds_in(pool, evaluate_next_batch_loaded, len(cores))
+        evaluate_next_batches = rounds_in(pool, evaluate_next_batch_loaded, cores)
         of_ray = list(map(psutil.Process, driver.submit(start_ray, inputs, cores).result()))
 
         def beside_idle():
@@ -516,10 +514,10 @@ def clock(function, *arguments):
     return time.perf_counter() - start, result
 
 
-def rounds_in(pool, function, count):
-    """Return a function that computes a round of so many calls; it returns seconds and results."""
+def rounds_in(pool, function, cores):
+    """Return a function that computes a round in a pool; it returns the seconds and the results."""
     # pool.map() would wait forever for the answer of a worker that has died.
-    return partial(clock, lambda: pool.map_async(function, range(count)).get(timeout=600))
+    return partial(clock, lambda: pool.map_async(function, range(len(cores))).get(timeout=600))
 
 
 def take_turns(sides, run):

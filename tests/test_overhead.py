@@ -1,13 +1,11 @@
 """docs/overhead.py: what it records agrees with the files, and with NumPy's own answers."""
 
 import hashlib
-import io
 import json
 import zipfile
 
-import h5py
 import numpy as np
-from conftest import run
+from conftest import expected_labels, run
 
 
 def test_cheap_experiments(trained, tmp_path):
@@ -24,7 +22,7 @@ def test_cheap_experiments(trained, tmp_path):
         ("executors", 1, "executors"),
     ]
     parts, pool, executors = records
-    labels = labels_by_numpy(model, np.load(data)["x_test"])
+    labels = expected_labels(model, np.load(data)["x_test"])
     right = np.mean(labels == np.load(data)["y_test"])
     assert all(record["accuracy"] == right for record in records)
 
@@ -50,17 +48,6 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_starts(trained
     done = run("docs/overhead.py", "parts", *files)
     assert (done.returncode, done.stdout) == (2, "")
     assert str(output) in done.stderr.splitlines()[-1]
-
-
-def labels_by_numpy(model, x_test):
-    """The labels of images (count, 28, 28), by the weights in a .keras file."""
-    with zipfile.ZipFile(model) as archive:
-        weights = h5py.File(io.BytesIO(archive.read("model.weights.h5")))
-    hidden_kernel, hidden_bias = [weights[f"layers/dense/vars/{i}"][:] for i in range(2)]
-    kernel, bias = [weights[f"layers/dense_1/vars/{i}"][:] for i in range(2)]
-    images = x_test.reshape(-1, 784) / 255
-    hidden = np.maximum(0, images @ hidden_kernel + hidden_bias)
-    return np.argmax(hidden @ kernel + bias, axis=1).astype("uint8")
 
 
 def array_bytes(data, name):
