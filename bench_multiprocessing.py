@@ -25,9 +25,9 @@ What differs from the article and can change the times:
 - The model is a .keras file: Keras 3 refuses the article's file name, /tmp/model.
 - np.load() replaces mnist.load_data(), which would also check the file's hash in every call.
 - The pool does one round before the clock starts.
-- Each call has a physical core of its own, and all threads of its worker move there. In the
-  article, only the main thread moves: TensorFlow's threads stay where the worker's first call was.
-  Also, the article's CPUs 0, 1, 2, ... can share a core.
+- Each call runs on a physical core of its own, with all threads of its worker. In the article,
+  only the main thread moves to the call's CPU: TensorFlow's threads stay on that of the worker's
+  first call. The article's CPUs 0, 1, 2, ... can also share a core.
 - predict() gets a Dataset, made while loading: see dataset_without_autotuner(). With --initializer,
   this also converts the images to float32 only once. With --array, predict() gets the array and
   converts it in every call, as in the article.
@@ -104,7 +104,7 @@ def main():
     num_cpus = len(cores)
     if arguments.initializer:
         approach = "multiprocessing+initializer"
-        # initialize() waits at it twice: to number the workers, and until all have loaded.
+        # initialize() uses it twice: to number the workers, and to wait until all have loaded.
         barrier = Barrier(num_cpus)
         pool = Pool(num_cpus, initialize, (filename, datafile, as_array, cores, barrier))
         evaluate = evaluate_next_batch_loaded
@@ -113,12 +113,12 @@ def main():
         pool = Pool(num_cpus)
         # pool.map() gives each call only its number i. The other arguments are always the same.
         evaluate = partial(evaluate_next_batch, filename, datafile, as_array, cores)
-    # Watch the first workers. The pool would replace a dead one, but never repeat its call.
+    # Watch the workers. If one dies, the pool starts another, but never repeats the lost call.
     Thread(target=exit_if_one_dies, args=[pool, active_children()], daemon=True).start()
 
-    # One round before the clock starts. Every worker has one call in it: by default to import
-    # TensorFlow, with --initializer to make its first, slower prediction. None can take two: the
-    # import takes seconds, and with --initializer all start together, after the barrier.
+    # One round before the clock starts, because a worker's first call is slower: by default it
+    # imports TensorFlow, with --initializer it makes the first prediction. Each worker gets one
+    # call: by default the import keeps it busy for seconds, with --initializer all start together.
     pool.map(evaluate, range(num_cpus))
     setup_seconds = time.perf_counter() - STARTED
 
@@ -146,13 +146,13 @@ def main():
 def exit_if_one_dies(pool, workers):
     """End the script if one of the workers dies: pool.map() would wait for its answer forever.
 
-    The pool is passed only to keep it alive after main() returns. If Python freed it there, it
-    would stop its workers while the main thread is alive, and that would look like a death.
+    The pool is not used. It is passed only so that Python does not free it when main() returns:
+    that would stop its workers while the main thread is alive, and look like a death.
     """
     while True:
         time.sleep(1)
         dead = [worker for worker in workers if worker.exitcode is not None]
-        if dead and main_thread().is_alive():  # At the exit, the pool stops its workers.
+        if dead and main_thread().is_alive():  # After that, the pool itself stops its workers.
             print(f"a worker has died, exit code {dead[0].exitcode}", file=sys.stderr)
             for child in active_children():  # also those that have replaced one
                 child.kill()
@@ -190,7 +190,7 @@ def pin(cpus):
     """Keep all threads of this process on these CPUs. On Linux only, like the article's pinning.
 
     On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
-    the main thread: threads that start later inherit it, those that already run do not change.
+    its main thread. Others that already run keep theirs; a new one inherits its starter's.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -211,8 +211,9 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = path.read_text() if path.exists() else cpu  # the same for all its hyper-threads
-        first_cpu.setdefault(core, cpu)
+        # All hyper-threads of a core have the same siblings, such as "0,8".
+        siblings = path.read_text() if path.exists() else cpu
+        first_cpu.setdefault(siblings, cpu)
     cores = list(first_cpu.values())
 
     cpu_max = Path("/sys/fs/cgroup/cpu.max")
@@ -284,8 +285,8 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "round_seconds": round_seconds,
         "accuracy": accuracy,
         "labels": digest(answers[0].astype("uint8")),  # analyze.py checks that all agree.
-        # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
-        # they contain dates.
+        # analyze.py compares only runs with the same model and data. These are not digests of
+        # whole files, which contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),

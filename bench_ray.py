@@ -200,7 +200,7 @@ def pin(cpus):
     """Keep all threads of this process on these CPUs. On Linux only, like the article's pinning.
 
     On Linux, each thread has an affinity of its own. Setting a process's affinity changes only
-    the main thread: threads that start later inherit it, those that already run do not change.
+    its main thread. Others that already run keep theirs; a new one inherits its starter's.
     """
     if sys.platform == "linux":
         for thread in psutil.Process().threads():
@@ -221,8 +221,9 @@ def physical_cores(count=None):
     first_cpu = {}
     for cpu in allowed:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = path.read_text() if path.exists() else cpu  # the same for all its hyper-threads
-        first_cpu.setdefault(core, cpu)
+        # All hyper-threads of a core have the same siblings, such as "0,8".
+        siblings = path.read_text() if path.exists() else cpu
+        first_cpu.setdefault(siblings, cpu)
     cores = list(first_cpu.values())
 
     cpu_max = Path("/sys/fs/cgroup/cpu.max")
@@ -294,8 +295,8 @@ def record(arguments, approach, setup_seconds, round_seconds, answers, **details
         "round_seconds": round_seconds,
         "accuracy": accuracy,
         "labels": digest(answers[0].astype("uint8")),  # analyze.py checks that all agree.
-        # By model and data, analyze.py knows which runs it can compare. Whole files would not do:
-        # they contain dates.
+        # analyze.py compares only runs with the same model and data. These are not digests of
+        # whole files, which contain dates.
         "model": digest(zipfile.ZipFile(arguments.model).read("model.weights.h5")),
         "data": digest(mnist["x_test"], mnist["x_train"], mnist["y_test"], mnist["y_train"]),
         "machine": machine(),

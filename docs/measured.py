@@ -130,7 +130,7 @@ def results():
     columns = {
         "today, ten rounds": (most_cores("results.jsonl", array=False, rounds=10), 1),
         "2019, ten rounds": (most_cores("original.jsonl", rounds=10), 1),
-        "2019, fifty rounds, mean per ten": (fifty_rounds, 5),
+        "2019, per ten of fifty rounds": (fifty_rounds, 5),
     }
     rows = []
     for approach in (SERIAL, POOL, INITIALIZER, RAY):
@@ -146,7 +146,7 @@ def results():
     titles = [
         f"{title} ({len(samples[RAY].trials)} runs)" for title, (samples, _) in columns.items()
     ]
-    return table(["approach", *titles, "the article: 48 cores, fifty rounds, mean per ten"], rows)
+    return table(["approach", *titles, "the article, 48 cores, per ten of fifty rounds"], rows)
 
 
 # docs/measuring.md
