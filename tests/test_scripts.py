@@ -114,6 +114,13 @@ def test_files_that_a_page_names_exist(page):
         assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
+def test_the_executor_is_made_as_the_readme_says():
+    made = 'ProcessPoolExecutor(num_cpus, get_context("spawn"), initialize)'
+    assert f"`{made}`" in (ROOT / "README.md").read_text()
+    assert made in EXECUTOR
+    assert EXECUTOR.count(" list(pool.map(") == EXECUTOR.count("pool.map(") == 2
+
+
 def test_snippets_are_python_and_not_wider_than_a_page():
     assert SNIPPETS
     for code in SNIPPETS:
